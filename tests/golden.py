@@ -147,12 +147,12 @@ def assert_golden64(case: Case, got: Arrays) -> None:
 
 
 def assert_golden32(case: Case, got: Arrays) -> None:
-    """Every array within twice the official float32 code's own error, or 4 eps max|ref|."""
+    """Every array within twice the official float32 code's own error, or 8 eps max|ref|."""
     eps = torch.finfo(torch.float32).eps
     _compare(
         case,
         got,
-        lambda name, ref: max(2 * _error(case.float32[name], ref), 4 * eps * _scale(ref)),
+        lambda name, ref: max(2 * _error(case.float32[name], ref), 8 * eps * _scale(ref)),
     )
 
 
