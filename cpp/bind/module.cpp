@@ -139,6 +139,8 @@ void define(py::module_& module, const char* name, Specs specs_of, Run run) {
 PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(rms_norm_forward);
   MEGALODON_DEFINE(rms_norm_backward);
+  MEGALODON_DEFINE(timestep_norm_forward);
+  MEGALODON_DEFINE(timestep_norm_backward);
 
   module.def("version", [] { return megalodon_version(); });
   module.def("isa", [] { return megalodon_isa(); });
