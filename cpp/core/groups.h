@@ -92,8 +92,8 @@ __attribute__((always_inline)) inline void for_each_index(const F& f, std::integ
   (f(std::integral_constant<int, J>{}), ...);
 }
 
-// `groups` adjacent groups of K channels. Below, f(j, i, n) is called with j = std::integral_constant (for spread()), the
-// channel i to start at and the number n of channels that are there: a constant kLanes where that is certain.
+// `groups` adjacent groups of K channels. Below, f(j, i, n) is called with j = std::integral_constant (for spread()),
+// the channel i to start at and the number n of channels that are there: a constant kLanes where that is certain.
 template <class A, int P>
 struct Groups {
   static constexpr int W = kLanes<A>;

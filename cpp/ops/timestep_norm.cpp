@@ -1,17 +1,17 @@
 // Computes  timestep norm (arXiv 2404.08801, as the released code has it) and its gradients (ops/timestep_norm.h).
 // Layout    x, y, dy, dx (B, L, D); states (B, G); step_mean, step_rstd (B, L, G); mask (B, L); all compact.
-// Mapping   a tile is up to 128 groups, about 512 channels, of one batch row (backward: of the rows of one part of the
-//           batch); tiles are split over the threads, and a tile walks through time alone, four unpadded steps at a
-//           time: their sums over groups (vectorised over groups, core/groups.h), the recurrence (over groups), then
-//           their channels, each vector of parameters being read once for the four.
-// Traffic   forward 2, backward 3 elements moved per element; a step is read again from L1. About 15 and 25
-//           instructions per vector: memory-bound where a group is 4 channels or more.
+// Mapping   a tile is up to 128 groups and 4096 channels of one batch row (backward: of the rows of one part of the
+//           batch); tiles are split over the threads, and a tile walks through time alone. A step: sums over groups
+//           (vectorised over groups, core/groups.h), the recurrence (over groups), then the channels. Backward takes
+//           eight unpadded steps at a time, so that it goes up in memory for a while.
+// Traffic   forward 2, backward 3 elements moved per element; what a step reads again is in L1 (backward: L2). About 15
+//           and 25 instructions per vector: near memory-bound.
 // Numerics  a step's variance is taken around the step's own mean. M, V and their adjoints are carried in double;
-//           everything per channel is float (double for float64). dweight, dbias: four steps are added in registers,
-//           256 in float, all others in double; one partial sum per fixed part of the batch, added in order, so the
-//           result does not depend on the number of threads.
-// Limits    none; D = 0 gives empty rows with NaN statistics. Group sizes other than 1, 2, 4, 8 and the multiples of
-//           the vector length are two to four times slower.
+//           everything per channel is float (double for float64). dweight, dbias: 256 steps are added in float, these
+//           sums in double; one partial sum per fixed part of the batch, added in order, so the result does not depend
+//           on the number of threads.
+// Limits    none; D = 0 gives NaN statistics. Group sizes that are no power of two and no multiple of the vector length
+//           are up to four times slower, as every group ends in a partial vector.
 #include "ops/timestep_norm.h"
 
 #include <algorithm>
@@ -23,8 +23,13 @@
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
-constexpr int kSteps = 4;  // taken together; more would not fit in L1 with dy and dx
 constexpr int64_t kMaxGroups = TimestepNormTiles::kMaxGroups;
+
+// Fetches what the hardware does not foresee: the next row of a tile, which may be far away, and lines to be written.
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
 
 template <class T, int P>
 class ForwardTile {
@@ -40,20 +45,25 @@ class ForwardTile {
 
   void run() {
     start();
-    for (int64_t t = 0; t < args_.L;) {
-      const int64_t end = gather(t);
-      measure();
-      advance();
-      normalize();
-      record(t, end);
-      t = end;
+    for (int64_t t = 0; t < args_.L; ++t) {
+      const int64_t row = b_ * args_.L + t;
+      const int64_t offset = row * args_.D + first_ * groups_.K;
+      const T* x = static_cast<const T*>(args_.x) + offset;
+      T* y = static_cast<T*>(args_.y) + offset;
+      if (args_.padding_mask != nullptr && args_.padding_mask[row]) {
+        std::memset(y, 0, groups_.channels() * sizeof(T));
+      } else {
+        measure(x, y);
+        advance();
+        normalize(x, y);
+      }
+      std::memcpy(static_cast<A*>(args_.step_mean) + row * args_.G + first_, mean_, groups_.groups * sizeof(A));
+      std::memcpy(static_cast<A*>(args_.step_rstd) + row * args_.G + first_, rstd_, groups_.groups * sizeof(A));
     }
     finish();
   }
 
  private:
-  bool is_padded(int64_t t) const { return args_.padding_mask != nullptr && args_.padding_mask[b_ * args_.L + t]; }
-
   void start() {
     n_ = args_.count == nullptr ? 0 : args_.count[b_];
     const auto* mean = static_cast<const A*>(args_.mean);
@@ -63,99 +73,59 @@ class ForwardTile {
       const bool given = mean != nullptr && g < groups_.groups;
       M_[g] = given ? mean[offset + g] : 0.0;
       V_[g] = given ? var[offset + g] : 1.0;
-      mean_[0][g] = static_cast<A>(M_[g]);
-      rstd_[0][g] = A(1) / std::sqrt(static_cast<A>(V_[g] + args_.eps));
+      mean_[g] = static_cast<A>(M_[g]);
+      rstd_[g] = A(1) / std::sqrt(static_cast<A>(V_[g] + args_.eps));
     }
   }
 
-  // Collects the next unpadded steps from t on, up to kSteps; padded ones on the way get y = 0. Returns where to go on.
-  int64_t gather(int64_t t) {
-    for (steps_ = 0; t < args_.L && steps_ < kSteps; ++t) {
-      const int64_t offset = (b_ * args_.L + t) * args_.D + first_ * groups_.K;
-      T* y = static_cast<T*>(args_.y) + offset;
-      if (is_padded(t)) {
-        std::memset(y, 0, groups_.channels() * sizeof(T));
-        continue;
-      }
-      x_[steps_] = static_cast<const T*>(args_.x) + offset;
-      y_[steps_++] = y;
-    }
-    return t;
-  }
-
-  // mu and s of every group and step, in the places of the mean and the rstd that advance() makes of them.
-  void measure() {
+  // mu and s of every group, in the places of the mean and the rstd that advance() makes of them.
+  void measure(const T* x, const T* y) {
     const Vec<A> size = splat(static_cast<A>(groups_.K));
-    for (int k = 0; k < steps_; ++k) {
-      const T* x = x_[k];
-      A* mu = mean_[k + 1];
-      for (int64_t g = 0; g < groups_.groups; g += W) {
-        const Vecs<A, 1> sums = groups_.template sum<1>(
-            g, [&](auto, int64_t i, int64_t n) __attribute__((always_inline)) { return Vecs<A, 1>{load(x + i, n)}; });
-        store(mu + g, sums.v[0] / size);
-      }
-      for (int64_t g = 0; g < groups_.groups; g += W) {
-        const Vecs<A, 1> sums = groups_.template sum<1>(
-            g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
-              const Vec<A> d = first_lanes<A>(load(x + i, n) - spread<A, P, decltype(j)::value>(mu + g), n);
-              return Vecs<A, 1>{d * d};
-            });
-        store(rstd_[k + 1] + g, sums.v[0] / size);
-      }
+    for (int64_t g = 0; g < groups_.groups; g += W) {
+      const Vecs<A, 1> sums =
+          groups_.template sum<1>(g, [&](auto, int64_t i, int64_t n) __attribute__((always_inline)) {
+            prefetch(y + i);
+            return Vecs<A, 1>{load(x + i, n)};
+          });
+      store(mean_ + g, sums.v[0] / size);
+    }
+    for (int64_t g = 0; g < groups_.groups; g += W) {
+      const Vecs<A, 1> sums =
+          groups_.template sum<1>(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
+            const Vec<A> d = first_lanes<A>(load(x + i, n) - spread<A, P, decltype(j)::value>(mean_ + g), n);
+            return Vecs<A, 1>{d * d};
+          });
+      store(rstd_ + g, sums.v[0] / size);
     }
   }
 
   void advance() {
     const int64_t end = groups_.blocks_end();
-    for (int k = 1; k <= steps_; ++k, ++n_) {
-      const double c2 = 1.0 / (static_cast<double>(n_) + 1.0);
-      const double c1 = static_cast<double>(n_) / (static_cast<double>(n_) + 1.0);
-      A* __restrict mean = mean_[k];
-      A* __restrict rstd = rstd_[k];
-      double* __restrict M = M_;
-      double* __restrict V = V_;
-      for (int64_t g = 0; g < end; ++g) {
-        const double mu = mean[g];
-        const double d = mu - M[g];
-        M[g] = c1 * M[g] + c2 * mu;
-        V[g] = c1 * V[g] + c2 * (rstd[g] + c1 * (d * d));
-        mean[g] = static_cast<A>(M[g]);
-        rstd[g] = static_cast<A>(V[g] + args_.eps);
-      }
-      for (int64_t g = 0; g < end; g += W) store(rstd + g, A(1) / sqrt(load(rstd + g)));
+    const double n = static_cast<double>(n_++);
+    const double c1 = n / (n + 1.0);
+    const double c2 = 1.0 / (n + 1.0);
+    for (int64_t g = 0; g < end; ++g) {
+      const double mu = mean_[g];
+      const double d = mu - M_[g];
+      M_[g] = c1 * M_[g] + c2 * mu;
+      V_[g] = c1 * V_[g] + c2 * (rstd_[g] + c1 * (d * d));
+      mean_[g] = static_cast<A>(M_[g]);
+      rstd_[g] = static_cast<A>(V_[g] + args_.eps);
     }
+    for (int64_t g = 0; g < end; g += W) store(rstd_ + g, A(1) / sqrt(load(rstd_ + g)));
   }
 
-  void normalize() {
+  void normalize(const T* x, T* y) {
     const A* weight = static_cast<const A*>(args_.weight) + first_ * groups_.K;
     const A* bias = static_cast<const A*>(args_.bias) + first_ * groups_.K;
     for (int64_t g = 0; g < groups_.groups; g += W) {
       groups_.for_each_vector(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
         constexpr int J = decltype(j)::value;
-        const Vec<A> scale = load(weight + i, n) + A(1);
-        const Vec<A> shift = load(bias + i, n);
-        for (int k = 0; k < steps_; ++k) {
-          const Vec<A> d = load(x_[k] + i, n) - spread<A, P, J>(mean_[k + 1] + g);
-          store(y_[k] + i, d * spread<A, P, J>(rstd_[k + 1] + g) * scale + shift, n);
-        }
+        prefetch(x + i + args_.D);
+        const Vec<A> normed = (load(x + i, n) - spread<A, P, J>(mean_ + g)) * spread<A, P, J>(rstd_ + g);
+        store(y + i, normed * load(weight + i, n) + (normed + load(bias + i, n)), n);
       });
     }
-  }
-
-  // Writes the statistics of the steps [t, end), of which steps_ are unpadded, and keeps the last for the next ones.
-  void record(int64_t t, int64_t end) {
-    auto* mean = static_cast<A*>(args_.step_mean);
-    auto* rstd = static_cast<A*>(args_.step_rstd);
-    const int64_t bytes = groups_.groups * sizeof(A);
-    for (int k = 0; t < end; ++t) {
-      k += !is_padded(t);
-      const int64_t offset = (b_ * args_.L + t) * args_.G + first_;
-      std::memcpy(mean + offset, mean_[k], bytes);
-      std::memcpy(rstd + offset, rstd_[k], bytes);
-    }
-    if (steps_ == 0) return;
-    std::memcpy(mean_[0], mean_[steps_], bytes);
-    std::memcpy(rstd_[0], rstd_[steps_], bytes);
   }
 
   void finish() {
@@ -173,13 +143,10 @@ class ForwardTile {
   const int64_t first_;  // the tile's first group
   Groups<A, P> groups_;
   int64_t n_;
-  int steps_;
-  const T* x_[kSteps];
-  T* y_[kSteps];
   alignas(64) double M_[kMaxGroups];
   alignas(64) double V_[kMaxGroups];
-  alignas(64) A mean_[kSteps + 1][kMaxGroups];  // [0]: after the step before
-  alignas(64) A rstd_[kSteps + 1][kMaxGroups];
+  alignas(64) A mean_[kMaxGroups];  // of the last step that was not padded
+  alignas(64) A rstd_[kMaxGroups];
 };
 
 // The partial sums of one part of the batch for dweight and dbias.
@@ -217,7 +184,8 @@ template <class T, int P>
 class BackwardTile {
   using A = stat_t<T>;
   static constexpr int W = kLanes<A>;
-  static constexpr int kFlush = 64;  // turns, of kSteps steps each, that are summed in A before they go to double
+  static constexpr int kSteps = 8;   // taken together, and in memory order: x, dy and dx of them fit in L2
+  static constexpr int kFlush = 32;  // turns of kSteps that are summed in A before they go to double
 
  public:
   BackwardTile(const TimestepNormBackward& args, const ParameterSums<A>& sums, int64_t tile)
@@ -286,11 +254,12 @@ class BackwardTile {
   // The sums over the groups of u, u (x - M') and x - M'.
   void measure() {
     const A* weight = static_cast<const A*>(args_.weight) + first_channel();
-    for (int k = 0; k < steps_; ++k) {
+    for (int k = steps_ - 1; k >= 0; --k) {
       for (int64_t g = 0; g < groups_.groups; g += W) {
         const A* mean = mean_[k] + g;
-        const Vecs<A, 3> sums = groups_.template sum<3>(
-            g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Vecs<A, 3> sums =
+            groups_.template sum<3>(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
+              prefetch(dx_[k] + i);
               const Vec<A> dy = load(dy_[k] + i, n);
               const Vec<A> u = dy * load(weight + i, n) + dy;
               const Vec<A> d = first_lanes<A>(load(x_[k] + i, n) - spread<A, P, decltype(j)::value>(mean), n);
@@ -334,24 +303,25 @@ class BackwardTile {
     const A* weight = static_cast<const A*>(args_.weight) + first_channel();
     A* dweight = sums_.recent[0] + first_channel();
     A* dbias = sums_.recent[1] + first_channel();
-    for (int64_t g = 0; g < groups_.groups; g += W) {
-      groups_.for_each_vector(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
-        constexpr int J = decltype(j)::value;
-        const Vec<A> scale = load(weight + i, n) + A(1);
-        Vec<A> dw = load(dweight + i, n);
-        Vec<A> db = load(dbias + i, n);
-        for (int k = 0; k < steps_; ++k) {
-          const Vec<A> dy = load(dy_[k] + i, n);
-          const Vec<A> d = load(x_[k] + i, n) - spread<A, P, J>(mean_[k] + g);
+    const int64_t next = -kSteps * args_.D;
+    for (int k = steps_ - 1; k >= 0; --k) {
+      const T* dy_row = dy_[k];
+      const T* x_row = x_[k];
+      T* dx_row = dx_[k];
+      for (int64_t g = 0; g < groups_.groups; g += W) {
+        groups_.for_each_vector(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
+          constexpr int J = decltype(j)::value;
+          prefetch(dy_row + i + next);
+          prefetch(x_row + i + next);
+          const Vec<A> dy = load(dy_row + i, n);
+          const Vec<A> d = load(x_row + i, n) - spread<A, P, J>(mean_[k] + g);
           const Vec<A> scaled = dy * spread<A, P, J>(rstd_[k] + g);
-          dw = scaled * d + dw;
-          db += dy;
           const Vec<A> rest = spread<A, P, J>(slope_[k] + g) * d + spread<A, P, J>(shift_[k] + g);
-          store(dx_[k] + i, scaled * scale + rest, n);
-        }
-        store(dweight + i, dw, n);
-        store(dbias + i, db, n);
-      });
+          store(dx_row + i, scaled * load(weight + i, n) + (scaled + rest), n);
+          store(dweight + i, scaled * d + load(dweight + i, n), n);
+          store(dbias + i, dy + load(dbias + i, n), n);
+        });
+      }
     }
   }
 
@@ -462,11 +432,13 @@ extern "C" int megalodon_timestep_norm_forward(const DLTensor* x, const DLTensor
   });
 }
 
-extern "C" int megalodon_timestep_norm_backward_outputs(
-    const DLTensor* dy, const DLTensor* dmean, const DLTensor* dvar, const DLTensor* x, const DLTensor* weight,
-    const DLTensor* count, const DLTensor* mean, const DLTensor* var, const DLTensor* padding_mask,
-    const DLTensor* cu_seqlens, const DLTensor* step_mean, const DLTensor* step_rstd, int64_t num_groups, double eps,
-    megalodon_spec* outputs) {
+extern "C" int megalodon_timestep_norm_backward_outputs(const DLTensor* dy, const DLTensor* dmean, const DLTensor* dvar,
+                                                        const DLTensor* x, const DLTensor* weight,
+                                                        const DLTensor* count, const DLTensor* mean,
+                                                        const DLTensor* var, const DLTensor* padding_mask,
+                                                        const DLTensor* cu_seqlens, const DLTensor* step_mean,
+                                                        const DLTensor* step_rstd, int64_t num_groups, double eps,
+                                                        megalodon_spec* outputs) {
   return guarded([&] {
     Checker c("timestep_norm_backward");
     check_timestep_norm_backward(c, dy, dmean, dvar, x, weight, count, mean, var, padding_mask, cu_seqlens, step_mean,

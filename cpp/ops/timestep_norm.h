@@ -10,8 +10,9 @@
 //   aM -= r sum(u),   aV -= r^3 sum(u * (x - M')) / 2,
 //   dx = r u + c2 (aM + 2 aV (x - M')) / K,
 //   aM <- c1 aM - 2 c2 aV (mu - M'),   aV <- c1 aV.
-// That needs of the forward only M', r and the counts: mu - M' = c1 (mu - M) is the mean of x - M', so no step reads the
-// mean of the one before, and a padded step simply does nothing (its dx is 0). At the start aM, aV are dmean0, dvar0.
+// That needs of the forward only M', r and the counts: mu - M' = c1 (mu - M) is the mean of x - M', so no step reads
+// the mean of the one before, and a padded step simply does nothing (its dx is 0). At the start aM, aV are dmean0,
+// dvar0.
 #pragma once
 
 #include "core/isa.h"
@@ -23,12 +24,15 @@ namespace megalodon {
 // One unit of work is a tile: some groups of one batch row (or of one part of the batch), over all its steps.
 struct TimestepNormTiles {
   static constexpr int64_t kMaxGroups = 128;  // their state is on the stack
-  static constexpr int64_t kChannels = 512;   // so that a few rows of the tile fit in L1
+  static constexpr int64_t kChannels = 4096;  // as wide as L2 allows: memory is fastest in one piece
+  static constexpr int64_t kNarrowest = 256;  // narrower ones only to give two threads work where B = 1
   int64_t groups;                             // of a tile, but for the last
   int64_t tiles;
 
-  static constexpr TimestepNormTiles of(int64_t G, int64_t K) {
-    int64_t groups = K < 1 ? kMaxGroups : kChannels / K;
+  static constexpr TimestepNormTiles of(int64_t B, int64_t G, int64_t K) {
+    int64_t channels = kChannels;
+    while (B == 1 && channels > kNarrowest && channels >= G * K) channels /= 2;
+    int64_t groups = K < 1 ? kMaxGroups : channels / K;
     groups = groups < 1 ? 1 : groups > kMaxGroups ? kMaxGroups : groups;
     if (groups > 16) groups -= groups % 16;  // whole blocks of every vector width
     return {groups, (G + groups - 1) / groups};
@@ -54,7 +58,7 @@ struct TimestepNormForward {
   double eps;
 
   int64_t K() const { return D / G; }
-  TimestepNormTiles tiles() const { return TimestepNormTiles::of(G, K()); }
+  TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
 };
 
 struct TimestepNormBackward {
@@ -77,7 +81,7 @@ struct TimestepNormBackward {
   int64_t B, L, D, G;
 
   int64_t K() const { return D / G; }
-  TimestepNormTiles tiles() const { return TimestepNormTiles::of(G, K()); }
+  TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
   Parts parts() const { return Parts::of(B, 1); }
 };
 
