@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ except ImportError as error:  # the library itself needs none of them
     raise SystemExit(
         f"megalodon: error: the command needs {error.name}; pip install 'megalodon-ops[cli]'"
     ) from None
+
+from megalodon_ops.training.errors import CommandError
 
 if TYPE_CHECKING:
     from megalodon_ops.training.checkpoint import Checkpoint
@@ -103,26 +106,19 @@ def train(
     chunk_size: Annotated[int | None, _shape("C", 512)] = None,
     norm_num_groups: Annotated[int | None, _shape("G", 32)] = None,
     swiglu: Annotated[bool | None, _shape("A gated feed-forward.", "no")] = None,
-    share_emb: Annotated[
-        bool | None, _shape("One matrix for embedding and output.", "yes")
-    ] = None,
+    share_emb: Annotated[bool | None, _shape("One matrix for embedding and output.", "yes")] = None,
     dropout: Annotated[float | None, _shape("On embedding and sub-layer outputs.", 0)] = None,
     hidden_dropout: Annotated[float | None, _shape("Inside sub-layers.", 0)] = None,
     attention_dropout: Annotated[float | None, _shape("Of attention keys.", 0)] = None,
 ) -> int:
     """Train a byte-level language model; Ctrl-C saves first, --resume continues exactly."""
-    shape_names = (
-        "model_dim num_layers num_heads z_dim value_dim ffn_hidden_dim cema_ndim chunk_size "
-        "norm_num_groups swiglu share_emb dropout hidden_dropout attention_dropout"
-    ).split()
-    option_names = (
-        "data steps minutes seq_len batch_size lr final_lr warmup_steps weight_decay clip seed dtype "
-        "threads held_out eval_every eval_bytes checkpoint_every"
-    ).split()
-    values = locals()
+    from megalodon_ops.config import MegalodonConfig
+    from megalodon_ops.training.options import TrainOptions
+
     # None means "not given": a resumed run keeps its own value, a new one takes the default.
-    shape = {name: values[name] for name in shape_names if values[name] is not None}
-    given = {name: values[name] for name in option_names if values[name] is not None}
+    values = {name: value for name, value in locals().items() if value is not None}
+    shape = {f.name: values[f.name] for f in fields(MegalodonConfig) if f.name in values}
+    given = {f.name: values[f.name] for f in fields(TrainOptions) if f.name in values}
     return _train(out, given, shape, preset, resume, overwrite, stop_after)
 
 
@@ -139,10 +135,12 @@ def _train(
     from megalodon_ops.training import options as settings
     from megalodon_ops.training.data import open_corpus
     from megalodon_ops.training.display import Display, clock
-    from megalodon_ops.training.errors import CommandError
     from megalodon_ops.training.loop import Trainer
 
     saved = None
+    if given.get("data"):
+        # Absolute, so that --resume and eval find it from anywhere.
+        given["data"] = os.path.abspath(given["data"])
     if resume:
         saved = checkpoints.load(out, training=True)
         out = checkpoints.find(out).parent
@@ -156,9 +154,6 @@ def _train(
             raise CommandError(
                 f"{out} already holds a run: --resume goes on with it, --overwrite discards it"
             )
-    if options.data is not None:
-        # Absolute, so that --resume and eval find it from anywhere.
-        options = settings.with_absolute_data(options)
     corpus = open_corpus(options.data)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -170,7 +165,9 @@ def _train(
         f"{options.batch_size} a step; {trainer.options.dtype}"
     )
     if trainer.progress() >= 1:
-        display.say(f"the run in {out} is complete at step {trainer.step}; --steps or --minutes adds")
+        display.say(
+            f"the run in {out} is complete at step {trainer.step}; --steps or --minutes adds"
+        )
         return 0
     if resume:
         display.say(f"resuming after step {trainer.step}")
@@ -213,7 +210,6 @@ def generate(
     from megalodon_ops.generation import Sampling, Timing
     from megalodon_ops.generation import generate as generate_tokens
     from megalodon_ops.training.checkpoint import load_model
-    from megalodon_ops.training.errors import CommandError
 
     sampling = Sampling(temperature, top_k, top_p)
     if prompt and prompt_file is not None:
@@ -265,7 +261,6 @@ def generate(
 
 def _prompt_pieces(prompt: str, prompt_file: str | None) -> Iterator[bytes]:
     """The prompt's bytes, in pieces that are each prefilled in one call."""
-    from megalodon_ops.training.errors import CommandError
 
     if prompt_file is None:
         # surrogateescape: bytes of the command line that are no UTF-8 come back as they were.
@@ -305,7 +300,8 @@ def evaluate(
     from rich.progress import Progress
 
     # Transient and on stderr: standard output holds the result and nothing else.
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=stop - start)
         result = compare(
             model, corpus.pieces(start, stop, piece), lambda count: bar.advance(task, count)
@@ -321,7 +317,6 @@ def evaluate(
 def _held_out(saved: Checkpoint) -> tuple[Corpus, int]:
     """The corpus that a checkpoint was trained on and where its held-out part begins."""
     from megalodon_ops.training.data import open_corpus
-    from megalodon_ops.training.errors import CommandError
 
     corpus = open_corpus(_saved_options(saved).data)
     start = saved.settings.get("held_out_start", corpus.size)
@@ -351,7 +346,6 @@ def bench(
     ] = "",
 ) -> int:
     """Run the benchmarks of a source checkout (its bench/ folder)."""
-    from megalodon_ops.training.errors import CommandError
 
     # The checkout one stands in, or the one that an editable install comes from.
     places = [Path.cwd(), *Path(__file__).resolve().parents[2:3]]
@@ -371,7 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(app(arguments, prog_name="megalodon", standalone_mode=False) or 0)
     except KeyboardInterrupt:
-        return _fail("aborted; the last checkpoint is as it was", EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    except CommandError as error:
+        return _fail(str(error), error.code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
@@ -388,8 +384,6 @@ def _expected(error: Exception) -> str | None:
     """The message of an error that is the user's to mend, or None for a bug."""
     if hasattr(error, "format_message"):  # a usage error; old and new typer have different classes
         return str(error.format_message())
-    if type(error).__name__ == "CommandError":  # by name: importing it would import torch
-        return str(error)
     if isinstance(error, RuntimeError) and "not enough memory" in str(error):
         return "out of memory; a smaller model, --batch-size or --seq-len needs less"
     return None

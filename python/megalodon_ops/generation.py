@@ -49,7 +49,9 @@ class Timing:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw one token from `logits` (V)."""
+    """Draw one token from `logits` (V); raises CommandError where they are no numbers."""
+    if not math.isfinite(float(logits.max())):
+        raise CommandError("the model's output is not finite; its weights are damaged")
     if sampling.temperature == 0:
         return int(logits.argmax())
     # Subtracting the maximum first keeps a tiny temperature from making inf - inf.
@@ -88,17 +90,17 @@ def generate(
     begin = time.perf_counter()
     for piece in prompt:
         if piece:
-            logits, state = model(byte_tensor(piece), state=state, return_state=True)
+            logits = model(byte_tensor(piece), state, inplace_state=True)
             timing.prompt_tokens += len(piece)
     if logits is None:
-        logits, state = model(byte_tensor(EMPTY_PROMPT), state=state, return_state=True)
+        logits = model(byte_tensor(EMPTY_PROMPT), state, inplace_state=True)
     timing.prompt_seconds = time.perf_counter() - begin
 
     token_tensor = torch.empty((1, 1), dtype=torch.int64)
     while max_new_tokens is None or timing.tokens < max_new_tokens:
         begin = time.perf_counter()
         if timing.tokens:
-            logits, state = model(token_tensor, state=state, return_state=True)
+            logits = model(token_tensor, state, inplace_state=True)
         token = sample(logits[0, -1], sampling, generator)
         token_tensor.fill_(token)
         timing.tokens += 1

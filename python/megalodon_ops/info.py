@@ -20,7 +20,7 @@ def _version(package: str) -> str:
 
 
 def build_facts() -> dict[str, str]:
-    """The instruction set in use and whether CUDA kernels were built, as the kernels report them."""
+    """The instruction set in use and whether CUDA kernels were built, as the kernels say."""
     try:
         from megalodon_ops import _C
     except ImportError as error:
@@ -51,7 +51,7 @@ def show(console: Console) -> None:
     facts["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors (torch's pool)"
     facts["CUDA in torch"] = str(torch.version.cuda or "no")
     for label, value in facts.items():
-        console.print(f"{label:16} {value}", highlight=False, markup=False)
+        console.print(f"{label:16} {value}", highlight=False, markup=False, soft_wrap=True)
     rows = op_rows()
     if not rows:
         console.print("no ops are registered")

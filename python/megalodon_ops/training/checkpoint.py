@@ -6,7 +6,6 @@ header's metadata holds the configuration and the run's settings as JSON. Nothin
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -85,7 +84,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> Path:
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "config": json.dumps(dataclasses.asdict(checkpoint.config)),
+        "config": json.dumps(checkpoint.config.to_dict()),
         "settings": json.dumps(checkpoint.settings),
     }
     tensors = dict(checkpoint.weights)
@@ -161,9 +160,9 @@ def _read_metadata(file: Path, metadata: dict[str, str]) -> tuple[MegalodonConfi
     try:
         if int(metadata["version"]) > VERSION:
             raise CommandError(f"{file} was written by a newer megalodon_ops; update to read it")
-        config = MegalodonConfig(**json.loads(metadata["config"]))
+        config = MegalodonConfig.from_dict(json.loads(metadata["config"]))
         settings = json.loads(metadata["settings"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CommandError(f"{file} has a header that cannot be read: {error}") from error
     if config.vocab_size != BYTE_VALUES:
         raise CommandError(
@@ -178,7 +177,9 @@ def load_weights(model: Megalodon, checkpoint: Checkpoint, name: str | Path) -> 
         model.load_state_dict(checkpoint.weights, strict=True)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise CommandError(f"the weights in {name} do not fit its configuration: {reason}") from error
+        raise CommandError(
+            f"the weights in {name} do not fit its configuration: {reason}"
+        ) from error
 
 
 def load_model(path: str | Path) -> tuple[Megalodon, Checkpoint]:

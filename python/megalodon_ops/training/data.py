@@ -16,8 +16,8 @@ import torch
 
 from megalodon_ops.training.errors import CommandError
 
-# The default corpus is source text: third-party packages are not the standard library, and the tests
-# (which some distributions leave out) are mostly data, such as tables of expected characters.
+# The default corpus is source text: third-party packages are not the standard library, and the
+# tests (which some distributions leave out) are mostly data, such as tables of characters.
 STDLIB_SKIPPED = frozenset(
     {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
 )
@@ -28,8 +28,8 @@ FINGERPRINT_HEAD = 1 << 16
 class Corpus:
     """Files read as one run of bytes.
 
-    `starts[i]` is the position of the first byte of `files[i]`; `starts[-1]` is the total. Sizes are
-    taken once: a file that shrinks afterwards is an error, not a shift of every later byte.
+    `starts[i]` is the position of the first byte of `files[i]`; `starts[-1]` is the total. Sizes
+    are taken once: a file that shrinks afterwards is an error, not a shift of every later byte.
     """
 
     name: str
@@ -134,23 +134,23 @@ def open_corpus(path: str | None) -> Corpus:
 
 
 def split_point(corpus: Corpus, held_out_percent: float) -> int:
-    """Where the held-out part begins: it is the last `held_out_percent` of the bytes, one whole tail,
-    so that no window of training text overlaps it."""
+    """Where the held-out part begins: it is the last `held_out_percent` of the bytes, one whole
+    tail, so that no window of training text overlaps it."""
     return corpus.size - round(corpus.size * held_out_percent / 100)
 
 
 class Windows:
     """Random windows of `length + 1` bytes from the first `stop` bytes of a corpus.
 
-    Step `i` draws from the counter-based generator Philox with the key (seed, i), so a batch depends
-    on nothing but the seed and the step: a resumed run sees the bytes it would have seen.
+    Step `i` draws from the counter-based generator Philox with the key (seed, i), so a batch
+    depends on nothing but the seed and the step: a resumed run sees the bytes it would have seen.
     """
 
     def __init__(self, corpus: Corpus, stop: int, length: int, batch_size: int, seed: int) -> None:
         if stop < length + 1:
             raise CommandError(
-                f"the corpus {corpus.name!r} is shorter than a window: its training part has {stop} "
-                f"bytes and a window needs {length + 1} (--seq-len {length} and the byte after it)"
+                f"the corpus {corpus.name!r} is shorter than a window: its training part has "
+                f"{stop} bytes and a window needs {length + 1} (--seq-len {length} and one more)"
             )
         self._corpus, self._length, self._batch_size, self._seed = corpus, length, batch_size, seed
         self._choices = stop - length

@@ -4,4 +4,9 @@ from __future__ import annotations
 
 
 class CommandError(Exception):
-    """Something the user can act on. The command prints its message as one line and exits with 2."""
+    """Something the user can mend. The command prints the message as one line and exits with
+    `code`."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code

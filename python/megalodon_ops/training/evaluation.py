@@ -45,9 +45,7 @@ class ModelCoder:
             self.bits += 8.0
         inputs, targets = self._last + piece[:-1], piece if self._last else piece[1:]
         if inputs:
-            logits, self._state = self._model(
-                byte_tensor(inputs), state=self._state, return_state=True
-            )
+            logits = self._model(byte_tensor(inputs), self._state, inplace_state=True)
             nats = F.cross_entropy(logits[0], byte_tensor(targets)[0], reduction="none")
             self.bits += nats.double().sum().item() / math.log(2)
         self._last = piece[-1:]
@@ -59,7 +57,7 @@ def bits_per_byte(
     pieces: Iterable[bytes],
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Bits per byte of the pieces end to end (the model is put back in its mode); None if `stop`."""
+    """Bits per byte of the pieces end to end, or None if `stop`; the model keeps its mode."""
     training = model.training
     model.eval()
     try:
@@ -90,8 +88,8 @@ def compare(
 ) -> Comparison:
     """The model's bits per byte next to `gzip -9` and `xz -9` of the same bytes, in one pass.
 
-    `advance` is told the length of each piece done. The compressors' windows (32 KiB and 64 MiB) are
-    their own; nothing here grows with the input.
+    `advance` is told the length of each piece done. The compressors' windows (32 KiB and 64 MiB)
+    are their own; nothing here grows with the input.
     """
     coder = ModelCoder(model.eval())
     gzip = zlib.compressobj(9, zlib.DEFLATED, 31)  # 31: gzip's own header and checksum

@@ -33,6 +33,7 @@ SMOOTHING = 0.95
 PROBE_ROUNDS = 2
 OPTIMIZER = "optimizer."
 GENERATOR = "generator"
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 class Interrupt:
@@ -86,7 +87,8 @@ def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim
     Norm weights, biases, gamma and beta, and CEMA's parameters have meanings near which they should
     not be pulled to zero; CEMA's and gamma are not all one-dimensional, so the name decides too.
     """
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and name.endswith(".weight")
         (matrices if is_matrix else others).append(parameter)
@@ -104,7 +106,7 @@ def training_step(
     dtype: str,
     clip: float,
 ) -> tuple[float, float]:
-    """One step; returns (bits per byte, gradient norm). Nothing is updated if either is not finite."""
+    """One step; returns (bits per byte, gradient norm). No update if either is not finite."""
     tokens, targets = batch
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         logits = model(tokens)
@@ -122,7 +124,7 @@ def probe_dtypes(
     model: torch.nn.Module, options: TrainOptions, batch: tuple[torch.Tensor, torch.Tensor]
 ) -> dict[str, float]:
     """Seconds of one training step in each dtype on this machine: the best of two after a warm-up,
-    taken in turn. Works on a copy, and puts torch's generator back: it changes nothing of the run."""
+    taken in turn. Works on a copy and puts torch's generator back: the run is not changed."""
     seconds = {"float32": math.inf, "bfloat16": math.inf}
     model = copy.deepcopy(model)
     optimizer = make_optimizer(model, options)
@@ -210,8 +212,8 @@ class Trainer:
             ) from error
         if saved.settings.get("used_threads") != torch.get_num_threads():
             self.display.say(
-                f"note: the run began with {saved.settings.get('used_threads')} threads and goes on "
-                f"with {torch.get_num_threads()}; losses may differ in their last bits"
+                f"note: the run had {saved.settings.get('used_threads')} threads and goes on with "
+                f"{torch.get_num_threads()}; losses may differ in their last bits"
             )
 
     def save(self) -> Path:
@@ -264,6 +266,11 @@ class Trainer:
                 with self.display:
                     self._loop(metrics, interrupt, last_step)
                 path = self.save()
+            except KeyboardInterrupt:
+                raise CommandError(
+                    f"aborted at step {self.step} without saving; the last checkpoint is as it was",
+                    EXIT_INTERRUPTED,
+                ) from None
             finally:
                 metrics.close()
             draw_loss_curve(self.out)
@@ -297,7 +304,7 @@ class Trainer:
             if not (math.isfinite(bits) and math.isfinite(norm)):
                 raise CommandError(
                     f"the loss or its gradient is not finite at step {self.step + 1}; stopped, and "
-                    "the last checkpoint is intact; a lower --lr may help"
+                    "what was saved before is intact; a lower --lr may help"
                 )
             self.step += 1
             step_seconds = time.perf_counter() - step_begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -40,7 +41,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path, keep_until_step: int) -> None:
         self._path = folder / FILE_NAME
-        kept = [record for record in read_metrics(folder) if record.get("step", 0) <= keep_until_step]
+        kept = [
+            record for record in read_metrics(folder) if record.get("step", 0) <= keep_until_step
+        ]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         try:
             write_atomically(self._path, text.encode())
@@ -60,10 +63,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file; what a full disk left in the buffer is given up."""
-        try:
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            pass
 
 
 def draw_loss_curve(folder: Path) -> Path:
@@ -83,7 +84,9 @@ def draw_loss_curve(folder: Path) -> Path:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     steps = [step for step, _ in train]
-    axes.plot(steps, [value for _, value in train], color="0.8", linewidth=0.8, label="training step")
+    axes.plot(
+        steps, [value for _, value in train], color="0.8", linewidth=0.8, label="training step"
+    )
     axes.plot(steps, smooth, color="C0", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="C1", label="held out")
@@ -91,7 +94,7 @@ def draw_loss_curve(folder: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)
+    FigureCanvasAgg(figure).print_png(picture)  # type: ignore[no-untyped-call]
     path = folder / CURVE_NAME
     try:
         write_atomically(path, picture.getvalue())

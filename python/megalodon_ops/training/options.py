@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +67,16 @@ class TrainOptions:
             raise CommandError("give --steps or --minutes, not both")
         if self.steps is None and self.minutes is None:
             object.__setattr__(self, "minutes", DEFAULT_MINUTES)
-        for name in ("seq_len", "batch_size", "steps", "eval_every", "eval_bytes", "checkpoint_every"):
+        for name in (
+            "seq_len",
+            "batch_size",
+            "steps",
+            "eval_every",
+            "eval_bytes",
+            "checkpoint_every",
+        ):
             self._require(name, lambda value: value >= 1, "at least 1")
+        self._require("data", lambda value: value != "", "the path of a file or folder")
         for name in ("warmup_steps", "threads"):
             self._require(name, lambda value: value >= 0, "0 or more")
         self._require("seed", lambda value: 0 <= value < 2**63, "from 0 to 2^63 - 1")
@@ -101,10 +108,10 @@ def build_config(preset: str | None, given: Mapping[str, Any]) -> MegalodonConfi
     """The byte-level configuration: the preset's or the demo's shape, changed by what was given."""
     try:
         if preset is None:
-            return MegalodonConfig(**{**DEMO_SHAPE, **VOCABULARY, **given})
-        return dataclasses.replace(MegalodonConfig.preset(preset), **VOCABULARY, **given)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CommandError(str(error.args[0] if error.args else error)) from error
+            return MegalodonConfig.from_dict({**DEMO_SHAPE, **VOCABULARY, **given})
+        return MegalodonConfig.preset(preset).replace(**VOCABULARY, **given)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
 
 
 def read_options(values: Mapping[str, Any]) -> TrainOptions:
@@ -127,8 +134,6 @@ def resumed_options(saved: TrainOptions, given: Mapping[str, Any], where: str) -
     changes = {name: value for name, value in asked.items() if name in REPLACEABLE}
     if "steps" in changes or "minutes" in changes:
         changes = {"steps": None, "minutes": None} | changes
-    if "data" in changes and changes["data"] is not None:
-        changes["data"] = os.path.abspath(changes["data"])
     return dataclasses.replace(saved, **changes)
 
 
@@ -138,7 +143,7 @@ def check_resumed_config(
     """Raise CommandError when the shape that was asked for is not the checkpoint's."""
     asked = dict(given)
     if preset is not None:
-        asked = dataclasses.asdict(build_config(preset, given))
+        asked = build_config(preset, given).to_dict()
     for name, value in asked.items():
         if value != getattr(saved, name, None):
             raise _conflict(name, getattr(saved, name, None), value, where)
