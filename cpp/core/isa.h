@@ -1,0 +1,51 @@
+// Instruction sets. Every cpp/ops/{op}.cpp is compiled once per instruction set, with MEGALODON_ISA naming the
+// namespace its kernels live in; the one to run is chosen at each call by active_isa().
+//
+// Only the portable compilation defines MEGALODON_ENTRY and with it the checks and the C functions. Code that the
+// wider compilations see must be a template or `static`, or live in namespace MEGALODON_ISA: anything else could be
+// merged by the linker into a wide version that an older CPU cannot run (tests/test_build.py looks for such symbols).
+#pragma once
+
+#include <cstdint>
+
+namespace megalodon {
+
+enum class Isa : int32_t { kPortable, kAvx2, kAvx512 };
+
+Isa active_isa() noexcept;
+
+}  // namespace megalodon
+
+// Declares the kernel megalodon::cpu::NAME(const ARGS&) in every instruction set, and the function that chooses.
+#if defined(MEGALODON_X86)
+#define MEGALODON_CPU_KERNEL(NAME, ARGS)      \
+  namespace megalodon::cpu {                  \
+  namespace portable {                        \
+  void NAME(const ARGS&);                     \
+  }                                           \
+  namespace avx2 {                            \
+  void NAME(const ARGS&);                     \
+  }                                           \
+  namespace avx512 {                          \
+  void NAME(const ARGS&);                     \
+  }                                           \
+  static inline void NAME(const ARGS& args) { \
+    switch (active_isa()) {                   \
+      case Isa::kAvx512:                      \
+        return avx512::NAME(args);            \
+      case Isa::kAvx2:                        \
+        return avx2::NAME(args);              \
+      default:                                \
+        return portable::NAME(args);          \
+    }                                         \
+  }                                           \
+  }
+#else
+#define MEGALODON_CPU_KERNEL(NAME, ARGS)                                     \
+  namespace megalodon::cpu {                                                 \
+  namespace portable {                                                       \
+  void NAME(const ARGS&);                                                    \
+  }                                                                          \
+  static inline void NAME(const ARGS& args) { return portable::NAME(args); } \
+  }
+#endif

@@ -1,0 +1,38 @@
+// The loop that uses all threads. Kernels never make threads: the engine is ours or the caller's (megalodon.h).
+#pragma once
+
+#include <cstdint>
+
+namespace megalodon {
+
+using Task = void (*)(int64_t begin, int64_t end, void* context);
+
+void run_parallel(int64_t count, int64_t grain, Task task, void* context);
+
+// Calls body(begin, end) on disjoint ranges that cover [0, count), at least `grain` items each (but for the last).
+// Which thread gets which range is not defined, so what a kernel computes for an item must not depend on the range.
+template <class Body>
+void parallel_for(int64_t count, int64_t grain, Body&& body) {
+  if (count <= 0) return;
+  if (count <= grain) return body(int64_t{0}, count);
+  run_parallel(
+      count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); },
+      &body);
+}
+
+// A range of `count` items cut into at most kMaxParts parts of at least `least` items, by its size alone: partial sums
+// over these parts, added in order, are the same numbers whatever the number of threads.
+struct Parts {
+  static constexpr int64_t kMaxParts = 64;
+  int64_t count;
+  int64_t parts;
+
+  static constexpr Parts of(int64_t count, int64_t least) {
+    const int64_t wanted = (count + least - 1) / least;
+    return {count, wanted < 1 ? 1 : wanted > kMaxParts ? kMaxParts : wanted};
+  }
+  constexpr int64_t begin(int64_t part) const { return count * part / parts; }
+  constexpr int64_t end(int64_t part) const { return count * (part + 1) / parts; }
+};
+
+}  // namespace megalodon

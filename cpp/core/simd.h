@@ -1,0 +1,262 @@
+// Vectors of floats, on the compiler's vector extension: the same source is 64, 32 or 16 bytes wide by the instruction
+// set it is compiled for. Vec<A> supports + - * /, comparisons and ?: lane by lane; a * b + c becomes one FMA
+// (-ffp-contract=fast). Arithmetic is always in float or double: load and store convert the 16-bit types.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(MEGALODON_X86)
+#include <immintrin.h>
+#endif
+
+#include "core/dtype.h"
+
+namespace megalodon::cpu::MEGALODON_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));  // kLanes<float> 16-bit values
+
+template <class A>
+inline Vec<A> splat(A value) {
+  return value - Vec<A>{};  // minus zero, so that -0.0 stays -0.0
+}
+
+// ---- 16-bit conversions, one vector of floats at a time ----
+
+inline Vec<float> widen(bf16, HalfBits bits) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, VecU32) << 16);
+}
+
+inline HalfBits narrow(bf16, Vec<float> v) {  // round to nearest even; NaN stays NaN
+  const VecU32 bits = reinterpret_cast<VecU32>(v);
+  const VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VecU32 quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector(v == v ? rounded : quiet, HalfBits);
+}
+
+inline Vec<float> widen(f16, HalfBits bits) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
+#else
+  Vec<float> out;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    _Float16 h;
+    const uint16_t b = bits[i];
+    std::memcpy(&h, &b, 2);
+    out[i] = static_cast<float>(h);
+  }
+  return out;
+#endif
+}
+
+inline HalfBits narrow(f16, Vec<float> v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<HalfBits>(_mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  return reinterpret_cast<HalfBits>(_mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  HalfBits out;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    const _Float16 h = static_cast<_Float16>(v[i]);
+    uint16_t b;
+    std::memcpy(&b, &h, 2);
+    out[i] = b;
+  }
+  return out;
+#endif
+}
+
+// ---- memory: T* <-> Vec<stat_t<T>>, unaligned; the forms with n touch only the first n elements (n may be >= lanes)
+// ----
+
+template <class T>
+inline Vec<stat_t<T>> load(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    HalfBits bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return widen(T{}, bits);
+  } else {
+    Vec<T> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+}
+
+template <class T>
+inline void store(T* p, Vec<stat_t<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    const HalfBits bits = narrow(T{}, v);
+    std::memcpy(p, &bits, sizeof bits);
+  } else {
+    std::memcpy(p, &v, sizeof v);
+  }
+}
+
+template <class T>
+inline Vec<stat_t<T>> load(const T* p, int64_t n) {  // the other lanes are 0
+  if (n >= kLanes<stat_t<T>>) return load(p);
+  T buffer[kLanes<stat_t<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+template <class T>
+inline void store(T* p, Vec<stat_t<T>> v, int64_t n) {
+  if (n >= kLanes<stat_t<T>>) return store(p, v);
+  T buffer[kLanes<stat_t<T>>];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// One element.
+template <class T>
+inline stat_t<T> load_one(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    return load(p, 1)[0];
+  } else {
+    return *p;
+  }
+}
+
+template <class T>
+inline void store_one(T* p, stat_t<T> value) {
+  if constexpr (sizeof(T) == 2) {
+    store(p, splat(value), 1);
+  } else {
+    *p = value;
+  }
+}
+
+// ---- arithmetic ----
+
+template <class V>
+inline V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+inline Vec<float> sqrt(Vec<float> v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+inline Vec<double> sqrt(Vec<double> v) {
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+}
+
+template <class A>
+inline A sum_lanes(Vec<A> v) {  // pairwise
+  constexpr int n = kLanes<A>;
+  A lanes[n];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = n / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+template <class A>
+inline A max_lanes(Vec<A> v) {
+  A best = v[0];
+  for (int i = 1; i < kLanes<A>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^v. Cody-Waite reduction to |r| <= ln(2)/2 and a polynomial: error below 1 ulp (float) and 1.5 ulp (double).
+// Results below the smallest normal number are 0; above the largest, inf; NaN stays NaN.
+inline Vec<float> exp(Vec<float> v) {
+  constexpr float kLog2e = 1.44269504088896341f;
+  constexpr float kLn2High = 0.693145751953125f;
+  constexpr float kLn2Low = 1.42860682030941723e-6f;
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec<float> low = splat(-87.33654f);
+  const Vec<float> high = splat(88.72283f);
+  const Vec<float> x = v < low ? low : v > high ? high : v;
+  const Vec<float> shifted = x * kLog2e + kMagic;
+  const Vec<float> n = shifted - kMagic;
+  const Vec<float> r = (x - n * kLn2High) - n * kLn2Low;
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Vec<float> e = p * (r * r) + r + 1.0f;
+  // 2^n in two factors, for n may be 128
+  const VecI32 i = reinterpret_cast<VecI32>(shifted) - 0x4b400000;
+  const VecI32 half = i >> 1;
+  const Vec<float> scale1 = reinterpret_cast<Vec<float>>((half + 127) << 23);
+  const Vec<float> scale2 = reinterpret_cast<Vec<float>>((i - half + 127) << 23);
+  const Vec<float> result = e * scale1 * scale2;
+  const Vec<float> infinity = splat(std::numeric_limits<float>::infinity());
+  return v > high ? infinity : v < low ? Vec<float>{} : v == v ? result : v;
+}
+
+inline Vec<double> exp(Vec<double> v) {
+  constexpr double kLog2e = 1.4426950408889634074;
+  constexpr double kLn2High = 6.93145751953125e-1;
+  constexpr double kLn2Low = 1.42860682030941723212e-6;
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  const Vec<double> low = splat(-708.39641853226408);
+  const Vec<double> high = splat(709.78271289338397);
+  const Vec<double> x = v < low ? low : v > high ? high : v;
+  const Vec<double> shifted = x * kLog2e + kMagic;
+  const Vec<double> n = shifted - kMagic;
+  const Vec<double> r = (x - n * kLn2High) - n * kLn2Low;
+  Vec<double> p = splat(1.0 / 6227020800.0);  // Taylor to degree 13: |r|^14 / 14! < 5e-18
+  constexpr double kInverseFactorials[] = {1.0 / 479001600.0,
+                                           1.0 / 39916800.0,
+                                           1.0 / 3628800.0,
+                                           1.0 / 362880.0,
+                                           1.0 / 40320.0,
+                                           1.0 / 5040.0,
+                                           1.0 / 720.0,
+                                           1.0 / 120.0,
+                                           1.0 / 24.0,
+                                           1.0 / 6.0,
+                                           0.5};
+  for (double c : kInverseFactorials) p = p * r + c;
+  const Vec<double> e = p * (r * r) + r + 1.0;
+  const VecI64 i = reinterpret_cast<VecI64>(shifted) - 0x4338000000000000;
+  const VecI64 half = i >> 1;
+  const Vec<double> scale1 = reinterpret_cast<Vec<double>>((half + 1023) << 52);
+  const Vec<double> scale2 = reinterpret_cast<Vec<double>>((i - half + 1023) << 52);
+  const Vec<double> result = e * scale1 * scale2;
+  const Vec<double> infinity = splat(std::numeric_limits<double>::infinity());
+  return v > high ? infinity : v < low ? Vec<double>{} : v == v ? result : v;
+}
+
+template <class V>
+inline V sigmoid(V v) {
+  return 1.0f / (1.0f + exp(-v));
+}
+
+}  // namespace megalodon::cpu::MEGALODON_ISA
