@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUT = "runs/megalodon"
 PREFILL = 2048
+NEEDED = ("torch", "safetensors", "matplotlib", "numpy")  # typer and rich: see the imports
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell reports it
@@ -371,6 +372,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in NEEDED:
+            raise
+        return _fail(f"the command needs {error.name}; pip install 'megalodon-ops[cli]'")
     except MemoryError:
         return _fail("out of memory; a smaller model, --batch-size or --seq-len needs less")
     except Exception as error:

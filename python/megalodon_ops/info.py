@@ -21,24 +21,24 @@ def _version(package: str) -> str:
 
 def build_facts() -> dict[str, str]:
     """The instruction set in use and whether CUDA kernels were built, as the kernels say."""
-    try:
-        from megalodon_ops import _C
-    except ImportError as error:
-        return {"kernels": f"not built ({error})"}
-    facts = {"instruction set": "isa", "CUDA kernels": "cuda_built"}
+    from megalodon_ops import _C
+
+    cuda = getattr(_C, "cuda_version", lambda: "")()
     return {
-        label: str(getattr(_C, name)()) if hasattr(_C, name) else "not reported"
-        for label, name in facts.items()
+        "kernels": _C.version(),
+        "instruction set": _C.isa(),
+        "CUDA kernels": f"built with CUDA {cuda}" if cuda else "not built",
     }
 
 
-def op_rows() -> list[tuple[str, str]]:
-    """(name, first line of the docstring) of every registered op."""
-    try:
-        from megalodon_ops import registry
-    except ImportError:
-        return []
-    return [(op.name, (op.doc or "").strip().split("\n")[0]) for op in registry]
+def op_rows() -> list[tuple[str, str, str]]:
+    """(name, what it computes, passes) of every registered op."""
+    from megalodon_ops import registry
+
+    return [
+        (op.name, op.summary, "forward, backward" if op.backward_schema else "forward")
+        for op in registry
+    ]
 
 
 def show(console: Console) -> None:
@@ -52,11 +52,7 @@ def show(console: Console) -> None:
     facts["CUDA in torch"] = str(torch.version.cuda or "no")
     for label, value in facts.items():
         console.print(f"{label:16} {value}", highlight=False, markup=False, soft_wrap=True)
-    rows = op_rows()
-    if not rows:
-        console.print("no ops are registered")
-        return
-    table = Table("op", "computes", title="torch.ops.megalodon", title_justify="left")
-    for name, line in rows:
-        table.add_row(name, line)
+    table = Table("op", "computes", "passes", title="torch.ops.megalodon", title_justify="left")
+    for row in op_rows():
+        table.add_row(*row)
     console.print(table)
