@@ -1,7 +1,7 @@
 """The operators as equations in plain PyTorch: what every kernel is tested against.
 
-Each function has the name, arguments and results of its compiled op, is differentiable by autograd, and computes in float32,
-or in float64 when its activations are float64. None of them is fast.
+Each function has the name, arguments and results of its compiled op, is differentiable by autograd,
+and computes in float32, or in float64 when its activations are float64. None of them is fast.
 """
 
 from .cema import cema

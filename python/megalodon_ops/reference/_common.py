@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of parameters, states and arithmetic for activations `x`: float64 iff x is float64, otherwise float32."""
+    """The dtype of parameters, states and arithmetic: float64 iff x is, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -1,6 +1,7 @@
-"""Complex exponential moving average (CEMA), arXiv 2404.08801 section 3.1, as the released code computes it.
+"""Complex exponential moving average (CEMA), arXiv 2404.08801, as the released code has it.
 
-The released code (XuezheMax/megalodon) does not rotate the input term, scales gamma by sqrt(1/N) and adds omega x.
+The released code (XuezheMax/megalodon) does not rotate the input term, scales gamma by sqrt(1/N)
+and adds omega x.
 """
 
 import math
@@ -21,12 +22,13 @@ def cema_coefficients(
         phi_n = n (2 pi / N) sigmoid(theta),  n = 1 .. N
         g = sqrt(1/N) (gamma_re + i gamma_im)
 
-    alpha, delta (D, N); theta (D); gamma (D, N, 2). Returns a, rho, phi (D, N) float64 and g (D, N) complex128.
+    Shapes: alpha, delta (D, N); theta (D); gamma (D, N, 2). Returns a, rho, phi (D, N) float64 and
+    g (D, N) complex128.
     """
     alpha, delta, theta, gamma = (p.double() for p in (alpha, delta, theta, gamma))
     N = alpha.shape[1]
     a = alpha.sigmoid()
-    # 1 - a d without cancellation: keeps the relative accuracy of rho when both sigmoids saturate at 1.
+    # 1 - sigmoid(alpha) sigmoid(delta) without cancellation when both sigmoids are near 1.
     rho = (-alpha).sigmoid() + a * (-delta).sigmoid()
     n = torch.arange(1, N + 1, dtype=torch.float64, device=alpha.device)
     phi = n * (2 * math.pi / N) * theta.sigmoid()[:, None]
@@ -50,9 +52,9 @@ def cema(
         h_t = a x_t + q h_{t-1},   q = rho e^{i phi},   h_{-1} = h0 or 0
         y_t = Re sum_n g_n h_{t,n} + omega x_t
 
-    Shapes: x (B, L, D); alpha, delta (D, N); theta, omega (D); gamma (D, N, 2); h0 (B, D, N, 2), last axis (re, im).
-    Returns y (B, L, D) in x's dtype and the last state h (B, D, N, 2), not multiplied by g.
-    Raises NotImplementedError if cu_seqlens is given. `algorithm` is ignored: there is one.
+    Shapes: x (B, L, D); alpha, delta (D, N); theta, omega (D); gamma (D, N, 2); h0 (B, D, N, 2),
+    last axis (re, im). Returns y (B, L, D) in x's dtype and the last state h (B, D, N, 2), not
+    multiplied by g. Raises NotImplementedError if cu_seqlens is given. `algorithm` is ignored.
     Differentiable in every floating-point argument.
     """
     refuse_cu_seqlens("cema", cu_seqlens, x)

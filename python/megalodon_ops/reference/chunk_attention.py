@@ -1,4 +1,4 @@
-"""Causal attention inside chunks, arXiv 2404.08801 section 3.3, with DropKey of the released code's fused path."""
+"""Causal attention inside chunks, arXiv 2404.08801, with the DropKey of the released code."""
 
 import math
 
@@ -13,9 +13,10 @@ WORD = 0xFFFFFFFF
 def philox4x32_10(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC'11): four 32-bit words of counter and two of key to four random words.
+    """Philox4x32-10 (Salmon et al., SC'11): four random words from a counter and a key.
 
-    Counter words are int64 tensors holding values in [0, 2^32), broadcast together; so are the results.
+    Counter words are int64 tensors holding values in [0, 2^32), broadcast together; so are the
+    results.
     """
 
     def multiply(m: int, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,20 +37,23 @@ def philox4x32_10(
 def dropkey_mask(seed: int, dropout_p: float, num_heads: int, i: Tensor, j: Tensor) -> Tensor:
     """Which keys each query drops.
 
-    For row b, head h, query position i and key position j (absolute in the row, so a row cut into calls draws what the whole
-    row draws), all as uint32:
+    For row b, head h, query position i and key position j (absolute in the row, so a row cut into
+    calls draws what the whole row draws), all as uint32:
 
         words = philox4x32-10(counter = (j >> 2, i, h, b), key = (seed mod 2^32, seed div 2^32))
         dropped = words[j & 3] < floor(dropout_p * 2^32)
 
-    seed is an int64, taken as its 64 bits; dropout_p in [0, 1). i (B, Lq), j (B, Lk) int64. Returns (B, H, Lq, Lk) bool.
+    seed is an int64, taken as its 64 bits; dropout_p in [0, 1). i (B, Lq), j (B, Lk) int64. Returns
+    (B, H, Lq, Lk) bool.
     """
     i, j = i[:, None, :, None] & WORD, j[:, None, None, :] & WORD
     h = torch.arange(num_heads, device=i.device)[:, None, None]
     b = torch.arange(i.shape[0], device=i.device)[:, None, None, None]
     words = philox4x32_10((j >> 2, i, h, b), (seed & WORD, seed >> 32 & WORD))
-    word = sum(torch.where(j & 3 == lane, words[lane], 0) for lane in range(4))
-    return word < math.floor(dropout_p * 2**32)
+    lane = j & 3
+    pair0 = torch.where(lane == 0, words[0], words[1])
+    pair1 = torch.where(lane == 2, words[2], words[3])
+    return torch.where(lane < 2, pair0, pair1) < math.floor(dropout_p * 2**32)
 
 
 def chunk_attention(
@@ -66,15 +70,17 @@ def chunk_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention among the tokens of each chunk, nothing across chunks.
 
-        o_i = sum_j softmax_j(q_i . k_j) v_j   over the keys j <= i of i's own chunk that are not dropped
+        o_i = sum_j softmax_j(q_i . k_j) v_j,   j <= i in the chunk of i, not dropped
 
-    Token t of row b stands at position[b] + t; chunk c holds the positions c C .. c C + C - 1 with C = chunk_size. The
-    m = position[b] mod C tokens of the running chunk that came before are k_cache[b, :m], v_cache[b, :m]; later slots are not
-    read. Scores are not scaled and what remains after DropKey is not rescaled. A query without keys gives o = 0, lse = -inf.
+    Token t of row b stands at position[b] + t; chunk c holds the positions c C .. c C + C - 1 with
+    C = chunk_size. The m = position[b] mod C tokens of the running chunk that came before are
+    k_cache[b, :m], v_cache[b, :m]; later slots are not read. Scores are not scaled and what remains
+    after DropKey is not rescaled. A query without keys gives o = 0, lse = -inf.
 
-    Shapes: q, k (B, L, H, S); v (B, L, H, E); k_cache (B, C, H, S), v_cache (B, C, H, E) and position (B) int64 together or
-    not at all. Returns o (B, L, H, E) in q's dtype and lse (B, H, L), the logarithm of each softmax's denominator.
-    Raises NotImplementedError if cu_seqlens is given. Differentiable in q, k, v, k_cache, v_cache; o only, not lse.
+    Shapes: q, k (B, L, H, S); v (B, L, H, E); k_cache (B, C, H, S), v_cache (B, C, H, E) and
+    position (B) int64 together or not at all. Returns o (B, L, H, E) in q's dtype and lse (B, H,
+    L), the logarithm of each softmax's denominator. Raises NotImplementedError if cu_seqlens is
+    given. Differentiable in q, k, v, k_cache, v_cache; o only, not lse.
     """
     refuse_cu_seqlens("chunk_attention", cu_seqlens, q)
     stat = stat_dtype(q)

@@ -1,4 +1,4 @@
-"""One decoding step of chunk attention, arXiv 2404.08801 section 3.3."""
+"""One decoding step of chunk attention, arXiv 2404.08801."""
 
 import math
 
@@ -18,12 +18,14 @@ def chunk_attention_step(
     position: Tensor,
     chunk_size: int,
 ) -> Tensor:
-    """Put one token per row into the caches of the running chunk and let it attend to what they hold.
+    """Put one token per row into its running chunk's caches and let it attend to what they hold.
 
-        m = position mod C,   k_cache[m] = k,   v_cache[m] = v,   o = sum_{j <= m} softmax_j(q . k_cache[j]) v_cache[j]
+        m = position mod C,   k_cache[m] = k,   v_cache[m] = v
+        o = sum_{j <= m} softmax_j(q . k_cache[j]) v_cache[j]
 
-    Shapes: q, k (B, H, S); v (B, H, E); k_cache (B, C, H, S), v_cache (B, C, H, E), changed in place; position (B) int64 and
-    C = chunk_size. Slots above m are not read. Returns o (B, H, E) in q's dtype. Not differentiable.
+    Shapes: q, k (B, H, S); v (B, H, E); k_cache (B, C, H, S), v_cache (B, C, H, E), changed in
+    place; position (B) int64 and C = chunk_size. Slots above m are not read. Returns o (B, H, E) in
+    q's dtype. Not differentiable.
     """
     stat = stat_dtype(q)
     row, m = torch.arange(q.shape[0], device=q.device), position % chunk_size

@@ -12,8 +12,8 @@ def layer_norm(
 
         rstd = 1 / sqrt(var(x) + eps),   y = (x - mean(x)) rstd (weight + 1) + bias
 
-    Shapes: x (..., D); weight, bias (D), both or neither. Returns y (..., D) in x's dtype, mean (...) and rstd (...).
-    Differentiable in x, weight, bias.
+    Shapes: x (..., D); weight, bias (D), both or neither. Returns y (..., D) in x's dtype, mean
+    (...) and rstd (...). Differentiable in x, weight, bias.
     """
     u = x.to(stat_dtype(x))
     mean = u.mean(-1)

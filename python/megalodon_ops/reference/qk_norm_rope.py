@@ -1,4 +1,4 @@
-"""Queries and keys of normalised attention, arXiv 2404.08801 section 3.3, with rotary positions as the released code has them."""
+"""Queries and keys of normalised attention, arXiv 2404.08801, rotated as in the released code."""
 
 import math
 
@@ -10,7 +10,10 @@ from .rms_norm import rms_norm
 
 
 def rotate(u: Tensor, position: Tensor, rope_base: float) -> Tensor:
-    """Rotate the adjacent pair (2j, 2j + 1) of the last axis by position * rope_base^(-2j/S); u (B, L, H, S), position (B, L)."""
+    """Rotate the adjacent pair (2j, 2j + 1) of the last axis by position * rope_base^(-2j/S).
+
+    Shapes: u (B, L, H, S); position (B, L).
+    """
     S = u.shape[-1]
     pair = torch.arange(0, S, 2, dtype=torch.float64, device=u.device)
     angle = position[..., None, None] * rope_base ** (-pair / S)
@@ -30,16 +33,18 @@ def qk_norm_rope(
     eps: float = 1e-5,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise the shared representation per head, scale and shift it into queries and keys, and rotate both.
+    """Normalise the shared z per head, scale and shift it into queries and keys, rotate both.
 
-        zn = z rstd,   rstd = 1 / sqrt(mean over the head's S of z^2 + eps)
-        q = rope(zn (gamma_0 + 1) / sqrt(S) + beta_0),   k = rope(zn (gamma_1 + 1) / sqrt(S) + beta_1)
+        zn = z rstd,   rstd = 1 / sqrt(mean(z^2) + eps) over the S components of a head
+        q = rope(zn (gamma_0 + 1) / sqrt(S) + beta_0)
+        k = rope(zn (gamma_1 + 1) / sqrt(S) + beta_1)
 
     rope turns token t of row b by its place in its chunk, (position[b] + t) mod chunk_size.
 
-    Shapes: z (B, L, H S); gamma, beta (2, H S), row 0 for q and row 1 for k; position (B) int64, the absolute position of each
-    row's first token (0 if None). Returns q, k (B, L, H, S) in z's dtype and rstd (B, L, H).
-    Raises NotImplementedError if cu_seqlens is given. Differentiable in z, gamma, beta.
+    Shapes: z (B, L, H S); gamma, beta (2, H S), row 0 for q and row 1 for k; position (B) int64,
+    the absolute position of each row's first token (0 if None). Returns q, k (B, L, H, S) in z's
+    dtype and rstd (B, L, H). Raises NotImplementedError if cu_seqlens is given. Differentiable in
+    z, gamma, beta.
     """
     refuse_cu_seqlens("qk_norm_rope", cu_seqlens, z)
     stat = stat_dtype(z)
@@ -49,8 +54,8 @@ def qk_norm_rope(
         position = torch.zeros(B, dtype=torch.int64, device=z.device)
     in_chunk = (position[:, None] + torch.arange(L, device=z.device)) % chunk_size
 
-    zn, rstd = rms_norm(z.to(stat).unflatten(-1, heads), eps=eps)
-    scale = ((gamma.to(stat) + 1) / math.sqrt(heads[1])).unflatten(-1, heads)
-    shift = beta.to(stat).unflatten(-1, heads)
+    zn, rstd = rms_norm(torch.unflatten(z.to(stat), -1, heads), eps=eps)
+    scale = torch.unflatten((gamma.to(stat) + 1) / math.sqrt(heads[1]), -1, heads)
+    shift = torch.unflatten(beta.to(stat), -1, heads)
     q, k = (rotate(zn * scale[i] + shift[i], in_chunk, rope_base).to(z.dtype) for i in (0, 1))
     return q, k, rstd

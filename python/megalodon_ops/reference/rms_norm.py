@@ -10,7 +10,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> tupl
 
         rstd = 1 / sqrt(mean(x^2) + eps),   y = x rstd (weight + 1)
 
-    Shapes: x (..., D); weight (D). Returns y (..., D) in x's dtype and rstd (...). Differentiable in x and weight.
+    Shapes: x (..., D); weight (D). Returns y (..., D) in x's dtype and rstd (...). Differentiable
+    in x and weight.
     """
     u = x.to(stat_dtype(x))
     rstd = (u.square().mean(-1) + eps).rsqrt()

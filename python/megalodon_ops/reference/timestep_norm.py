@@ -1,4 +1,4 @@
-"""Timestep normalisation, arXiv 2404.08801 section 3.2, as the released code computes it."""
+"""Timestep normalisation, arXiv 2404.08801, as the released code computes it."""
 
 import torch
 from torch import Tensor
@@ -20,24 +20,27 @@ def timestep_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Normalise every group of channels by its mean and variance over all time steps so far.
 
-    Each step counts as one, with the group's own mean mu_t and biased variance s_t over its D/G channels:
+    Each step counts as one, with the group's own mean mu_t and biased variance s_t over its D/G
+    channels:
 
         n' = n + 1,   M' = (n M + mu_t) / n',   V' = (n V + s_t) / n' + n (mu_t - M)^2 / n'^2
         y_t = (x_t - M') / sqrt(V' + eps) (weight + 1) + bias
 
     A padded step (padding_mask True) leaves n, M, V as they are and gives y_t = 0.
 
-    Shapes: x (B, L, D); weight, bias (D); count (B) int64; mean, var (B, G); padding_mask (B, L) bool. Without a state the
-    start is n = 0, M = 0, V = 1. Returns y (B, L, D) in x's dtype, the last count, mean and var, and step_mean = M' and
-    step_rstd = 1 / sqrt(V' + eps) of every step, (B, L, G).
-    Raises NotImplementedError if cu_seqlens is given. Differentiable in x, weight, bias, mean, var.
+    Shapes: x (B, L, D); weight, bias (D); count (B) int64; mean, var (B, G); padding_mask (B, L)
+    bool. Without a state the start is n = 0, M = 0, V = 1. Returns y (B, L, D) in x's dtype, the
+    last count, mean and var, and step_mean = M' and step_rstd = 1 / sqrt(V' + eps) of every step,
+    (B, L, G). Raises NotImplementedError if cu_seqlens is given. Differentiable in x, weight, bias,
+    mean, var.
     """
     refuse_cu_seqlens("timestep_norm", cu_seqlens, x)
     stat = stat_dtype(x)
-    B, L, _ = x.shape
+    B, L, D = x.shape
     G = num_groups
-    groups = x.to(stat).unflatten(-1, (G, -1))
-    mu, s = groups.mean(-1), groups.var(-1, correction=0)
+    groups = torch.unflatten(x.to(stat), -1, (G, D // G))
+    mu = groups.mean(-1)
+    s = (groups - mu[..., None]).square().mean(-1)
 
     n = torch.zeros(B, dtype=torch.int64, device=x.device) if count is None else count
     M = [torch.zeros(B, G, dtype=stat, device=x.device) if mean is None else mean.to(stat)]
