@@ -173,6 +173,11 @@ class MegalodonConfig:
         return self.vocab_size if self.output_size is None else self.output_size
 
     @property
+    def any_dropout(self) -> bool:
+        """Whether training draws random numbers at all."""
+        return any(getattr(self, name) > 0.0 for name in _DROPOUTS)
+
+    @property
     def rope_base_value(self) -> float:
         """The rotary base in force: `rope_base`, or 10000 where that is None."""
         return DEFAULT_ROPE_BASE if self.rope_base is None else self.rope_base

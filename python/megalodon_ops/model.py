@@ -58,8 +58,9 @@ class Rope(KeepsPrecision):
         mine = self._compute(torch.device("cpu")).double()
         theirs = given.detach().to("cpu", torch.float64)
         # Both are rounded once, to float32 here and to whatever dtype was saved there.
-        tolerance = 4 * max(torch.finfo(torch.float32).eps, torch.finfo(given.dtype).eps)
-        if torch.allclose(theirs, mine, rtol=tolerance, atol=0.0):
+        saved = torch.finfo(given.dtype)
+        tolerance = 4 * max(torch.finfo(torch.float32).eps, saved.eps)
+        if torch.allclose(theirs, mine, rtol=tolerance, atol=saved.tiny * saved.eps):
             return ""
         base = float("nan")
         if len(theirs) > 1:
@@ -169,12 +170,15 @@ class Megalodon(nn.Module):
         x = self.dropout(x)
 
         recompute = self.config.layerwise_ckpt and torch.is_grad_enabled()
+        draws = self.training and self.config.any_dropout
         layers: list[LayerState] = []
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[i]
             arguments = (x, layer_state, position, make_state, inplace_state)
             if recompute:
-                x, new = checkpoint(layer, *arguments, use_reentrant=False)
+                x, new = checkpoint(
+                    layer, *arguments, use_reentrant=False, preserve_rng_state=draws
+                )
             else:
                 x, new = layer(*arguments)
             if new is not None:

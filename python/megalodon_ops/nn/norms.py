@@ -97,6 +97,9 @@ class TimestepNorm(KeepsPrecision):
             error_msgs.append(
                 f"{key}: the config wants {self.initial_count}; the checkpoint has {int(given)}"
             )
+            # torch copies whatever is in the dictionary, refused or not.
+            own = torch.tensor(self.initial_count, device=given.device)
+            state_dict = {**state_dict, key: own}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
