@@ -90,6 +90,34 @@ MEGALODON_API void megalodon_set_parallel_for(megalodon_parallel_for engine);
 MEGALODON_API int megalodon_set_num_threads(int64_t count);
 MEGALODON_API int64_t megalodon_num_threads(void); /* of our own pool */
 
+/* chunk_attention: causal softmax attention inside chunks of chunk_size tokens, nothing across chunks; scores unscaled.
+ * q, k (B, L, H, S); v, o (B, L, H, E); lse (B, H, L). Token 0 of row b stands at position[b]; the tokens of its chunk
+ * that came before are k_cache (B, C, H, S), v_cache (B, C, H, E), [:, :position % C]; the three all or none. DropKey
+ * with dropout_p and seed. */
+MEGALODON_API int megalodon_chunk_attention_forward_outputs(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                                            int64_t chunk_size, double dropout_p, int64_t seed,
+                                                            const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                            const DLTensor* v_cache, const DLTensor* position,
+                                                            megalodon_spec* outputs);
+MEGALODON_API int megalodon_chunk_attention_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                                    int64_t chunk_size, double dropout_p, int64_t seed,
+                                                    const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                    const DLTensor* v_cache, const DLTensor* position, DLTensor* o,
+                                                    DLTensor* lse, DLTensor* workspace, void* stream);
+MEGALODON_API int megalodon_chunk_attention_backward_outputs(const DLTensor* dout, const DLTensor* q, const DLTensor* k,
+                                                             const DLTensor* v, const DLTensor* o, const DLTensor* lse,
+                                                             int64_t chunk_size, double dropout_p, int64_t seed,
+                                                             const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                             const DLTensor* v_cache, const DLTensor* position,
+                                                             megalodon_spec* outputs);
+MEGALODON_API int megalodon_chunk_attention_backward(const DLTensor* dout, const DLTensor* q, const DLTensor* k,
+                                                     const DLTensor* v, const DLTensor* o, const DLTensor* lse,
+                                                     int64_t chunk_size, double dropout_p, int64_t seed,
+                                                     const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                     const DLTensor* v_cache, const DLTensor* position, DLTensor* dq,
+                                                     DLTensor* dk, DLTensor* dv, DLTensor* dk_cache, DLTensor* dv_cache,
+                                                     DLTensor* workspace, void* stream);
+
 /* rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + 1). x, y (..., D); weight (D); rstd (...). */
 MEGALODON_API int megalodon_rms_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, double eps,
                                                      megalodon_spec* outputs);
