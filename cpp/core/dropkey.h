@@ -1,5 +1,5 @@
-// DropKey: which keys a query does not see. A word of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-// 1, 2, 3", SC'11) per query and key: a function of their positions, so that backward, and any part of a row, draws
+// DropKey: which keys a query does not see. A word of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
+// as 1, 2, 3", SC'11) per query and key: a function of their positions, so that backward, and any part of a row, draws
 // again what forward drew, in any order, on any thread.
 #pragma once
 

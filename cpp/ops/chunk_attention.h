@@ -37,14 +37,14 @@ struct ChunkAttention {
 };
 
 struct ChunkAttentionForward : ChunkAttention {
-  static constexpr int64_t kQueries = 64;  // of a tile
-  static constexpr int64_t kKeys = 256;    // of a block
-  void* o;                                 // [B, L, H, E]
-  void* lse;                               // [B, H, L] stat
-  void* workspace;                         // [deal.slots, scratch] stat
-  int64_t tiles;                           // of queries, in a chunk
-  int64_t key_rows;                        // of a block, kKeys or the chunk's fewer
-  Deal deal;                               // of the query tiles of all chunks and heads
+  static constexpr int64_t kQueries = 128;  // of a tile
+  static constexpr int64_t kKeys = 256;     // of a block
+  void* o;                                  // [B, L, H, E]
+  void* lse;                                // [B, H, L] stat
+  void* workspace;                          // [deal.slots, scratch] stat
+  int64_t tiles;                            // of queries, in a chunk
+  int64_t key_rows;                         // of a block, kKeys or the chunk's fewer
+  Deal deal;                                // of the query tiles of all chunks and heads
 };
 
 struct ChunkAttentionBackward : ChunkAttention {
