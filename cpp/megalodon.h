@@ -118,6 +118,41 @@ MEGALODON_API int megalodon_chunk_attention_backward(const DLTensor* dout, const
                                                      DLTensor* dk, DLTensor* dv, DLTensor* dk_cache, DLTensor* dv_cache,
                                                      DLTensor* workspace, void* stream);
 
+/* chunk_attention_step: writes k (B, H, S), v (B, H, E) to slot position[b] % chunk_size of k_cache (B, C, H, S),
+ * v_cache (B, C, H, E) and attends with q (B, H, S) to that slot and those below. o (B, H, E); position (B). */
+MEGALODON_API int megalodon_chunk_attention_step_forward_outputs(const DLTensor* q, const DLTensor* k,
+                                                                 const DLTensor* v, DLTensor* k_cache,
+                                                                 DLTensor* v_cache, const DLTensor* position,
+                                                                 int64_t chunk_size, megalodon_spec* outputs);
+MEGALODON_API int megalodon_chunk_attention_step_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                                         DLTensor* k_cache, DLTensor* v_cache, const DLTensor* position,
+                                                         int64_t chunk_size, DLTensor* o, DLTensor* workspace,
+                                                         void* stream);
+
+/* qk_norm_rope: z (B, L, H S) normalised per head, scaled by (gamma + 1) / sqrt(S), shifted by beta and rotated by the
+ * token's place in its chunk. gamma, beta (2, H S), row 0 for q; position (B) or NULL: 0; q, k (B, L, H, S);
+ * rstd (B, L, H). */
+MEGALODON_API int megalodon_qk_norm_rope_forward_outputs(const DLTensor* z, const DLTensor* gamma, const DLTensor* beta,
+                                                         int64_t num_heads, int64_t chunk_size, double rope_base,
+                                                         const DLTensor* position, double eps,
+                                                         const DLTensor* cu_seqlens, megalodon_spec* outputs);
+MEGALODON_API int megalodon_qk_norm_rope_forward(const DLTensor* z, const DLTensor* gamma, const DLTensor* beta,
+                                                 int64_t num_heads, int64_t chunk_size, double rope_base,
+                                                 const DLTensor* position, double eps, const DLTensor* cu_seqlens,
+                                                 DLTensor* q, DLTensor* k, DLTensor* rstd, DLTensor* workspace,
+                                                 void* stream);
+MEGALODON_API int megalodon_qk_norm_rope_backward_outputs(const DLTensor* dq, const DLTensor* dk, const DLTensor* z,
+                                                          const DLTensor* gamma, const DLTensor* beta,
+                                                          const DLTensor* rstd, int64_t num_heads, int64_t chunk_size,
+                                                          double rope_base, const DLTensor* position, double eps,
+                                                          const DLTensor* cu_seqlens, megalodon_spec* outputs);
+MEGALODON_API int megalodon_qk_norm_rope_backward(const DLTensor* dq, const DLTensor* dk, const DLTensor* z,
+                                                  const DLTensor* gamma, const DLTensor* beta, const DLTensor* rstd,
+                                                  int64_t num_heads, int64_t chunk_size, double rope_base,
+                                                  const DLTensor* position, double eps, const DLTensor* cu_seqlens,
+                                                  DLTensor* dz, DLTensor* dgamma, DLTensor* dbeta, DLTensor* workspace,
+                                                  void* stream);
+
 /* rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + 1). x, y (..., D); weight (D); rstd (...). */
 MEGALODON_API int megalodon_rms_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, double eps,
                                                      megalodon_spec* outputs);

@@ -145,7 +145,7 @@ extern "C" int megalodon_chunk_attention_forward(const DLTensor* q, const DLTens
     Checker c("chunk_attention");
     const ChunkAttentionForward args = check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
                                                              k_cache, v_cache, position, {o, lse, workspace});
-    check_positions(c, args.position, args.B);
+    c.not_negative("position", args.position, args.B);
     run_on(c, args, cpu::chunk_attention_forward, stream);
   });
 }
@@ -175,7 +175,7 @@ extern "C" int megalodon_chunk_attention_backward(const DLTensor* dout, const DL
     const ChunkAttentionBackward args =
         check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache,
                                        v_cache, position, {dq, dk, dv, dk_cache, dv_cache, workspace});
-    check_positions(c, args.position, args.B);
+    c.not_negative("position", args.position, args.B);
     run_on(c, args, cpu::chunk_attention_backward, stream);
   });
 }

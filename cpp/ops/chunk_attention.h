@@ -179,15 +179,6 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   return args;
 }
 
-// A position is data: it can be read, and is checked, on the CPU alone.
-static inline void check_positions(const Checker& c, const int64_t* position, int64_t B) {
-  if (position == nullptr || c.device().device_type != kDLCPU) return;
-  for (int64_t b = 0; b < B; ++b) {
-    c.require(position[b] >= 0, "position", "at least 0 in every row",
-              std::to_string(position[b]) + " in row " + std::to_string(b));
-  }
-}
-
 }  // namespace megalodon
 
 MEGALODON_CPU_KERNEL(chunk_attention_forward, ChunkAttentionForward)
