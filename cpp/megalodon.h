@@ -175,6 +175,19 @@ MEGALODON_API int megalodon_qk_norm_rope_backward(const DLTensor* dq, const DLTe
                                                   DLTensor* dz, DLTensor* dgamma, DLTensor* dbeta, DLTensor* workspace,
                                                   void* stream);
 
+/* layer_norm: y = (x - mean) / sqrt(var + eps) * (weight + 1) + bias, biased variance; weight and bias both or neither.
+ * x, y (..., D); weight, bias (D); mean, rstd (...). */
+MEGALODON_API int megalodon_layer_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                                       double eps, megalodon_spec* outputs);
+MEGALODON_API int megalodon_layer_norm_forward(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                               double eps, DLTensor* y, DLTensor* mean, DLTensor* rstd, void* stream);
+MEGALODON_API int megalodon_layer_norm_backward_outputs(const DLTensor* dy, const DLTensor* x, const DLTensor* weight,
+                                                        const DLTensor* mean, const DLTensor* rstd,
+                                                        megalodon_spec* outputs);
+MEGALODON_API int megalodon_layer_norm_backward(const DLTensor* dy, const DLTensor* x, const DLTensor* weight,
+                                                const DLTensor* mean, const DLTensor* rstd, DLTensor* dx,
+                                                DLTensor* dweight, DLTensor* dbias, DLTensor* workspace, void* stream);
+
 /* rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + 1). x, y (..., D); weight (D); rstd (...). */
 MEGALODON_API int megalodon_rms_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, double eps,
                                                      megalodon_spec* outputs);
@@ -185,6 +198,14 @@ MEGALODON_API int megalodon_rms_norm_backward_outputs(const DLTensor* dy, const 
 MEGALODON_API int megalodon_rms_norm_backward(const DLTensor* dy, const DLTensor* x, const DLTensor* weight,
                                               const DLTensor* rstd, DLTensor* dx, DLTensor* dweight,
                                               DLTensor* workspace, void* stream);
+
+/* silu_mul: y = silu(a) * b, or silu(a) without b; silu(u) = u / (1 + exp(-u)). a, b, y of one shape. */
+MEGALODON_API int megalodon_silu_mul_forward_outputs(const DLTensor* a, const DLTensor* b, megalodon_spec* outputs);
+MEGALODON_API int megalodon_silu_mul_forward(const DLTensor* a, const DLTensor* b, DLTensor* y, void* stream);
+MEGALODON_API int megalodon_silu_mul_backward_outputs(const DLTensor* dy, const DLTensor* a, const DLTensor* b,
+                                                      megalodon_spec* outputs);
+MEGALODON_API int megalodon_silu_mul_backward(const DLTensor* dy, const DLTensor* a, const DLTensor* b, DLTensor* da,
+                                              DLTensor* db, void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */

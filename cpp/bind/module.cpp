@@ -147,10 +147,14 @@ PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(chunk_attention_forward);
   MEGALODON_DEFINE(chunk_attention_backward);
   MEGALODON_DEFINE(chunk_attention_step_forward);
+  MEGALODON_DEFINE(layer_norm_forward);
+  MEGALODON_DEFINE(layer_norm_backward);
   MEGALODON_DEFINE(qk_norm_rope_forward);
   MEGALODON_DEFINE(qk_norm_rope_backward);
   MEGALODON_DEFINE(rms_norm_forward);
   MEGALODON_DEFINE(rms_norm_backward);
+  MEGALODON_DEFINE(silu_mul_forward);
+  MEGALODON_DEFINE(silu_mul_backward);
 
   module.def("version", [] { return megalodon_version(); });
   module.def("isa", [] { return megalodon_isa(); });
