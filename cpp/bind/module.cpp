@@ -144,6 +144,11 @@ void define(py::module_& module, const char* name, Specs specs_of, Run run) {
 PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(cema_forward);
   MEGALODON_DEFINE(cema_backward);
+  MEGALODON_DEFINE(chunk_attention_forward);
+  MEGALODON_DEFINE(chunk_attention_backward);
+  MEGALODON_DEFINE(chunk_attention_step_forward);
+  MEGALODON_DEFINE(qk_norm_rope_forward);
+  MEGALODON_DEFINE(qk_norm_rope_backward);
   MEGALODON_DEFINE(rms_norm_forward);
   MEGALODON_DEFINE(rms_norm_backward);
 
