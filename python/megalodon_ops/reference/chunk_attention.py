@@ -1,0 +1,110 @@
+"""Causal attention inside chunks, arXiv 2404.08801, with the DropKey of the released code."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._common import refuse_cu_seqlens, stat_dtype
+
+WORD = 0xFFFFFFFF
+
+
+def philox4x32_10(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC'11): four random words from a counter and a key.
+
+    Counter words are int64 tensors holding values in [0, 2^32), broadcast together; so are the
+    results.
+    """
+
+    def multiply(m: int, c: Tensor) -> tuple[Tensor, Tensor]:
+        low = m * (c & 0xFFFF)
+        high = m * (c >> 16) + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = multiply(0xD2511F53, c0)
+        high1, low1 = multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return c0, c1, c2, c3
+
+
+def dropkey_mask(seed: int, dropout_p: float, num_heads: int, i: Tensor, j: Tensor) -> Tensor:
+    """Which keys each query drops.
+
+    For row b, head h, query position i and key position j (absolute in the row, so a row cut into
+    calls draws what the whole row draws), all as uint32:
+
+        words = philox4x32-10(counter = (j >> 2, i, h, b), key = (seed mod 2^32, seed div 2^32))
+        dropped = words[j & 3] < floor(dropout_p * 2^32)
+
+    seed is an int64, taken as its 64 bits; dropout_p in [0, 1). i (B, Lq), j (B, Lk) int64. Returns
+    (B, H, Lq, Lk) bool.
+    """
+    i, j = i[:, None, :, None] & WORD, j[:, None, None, :] & WORD
+    h = torch.arange(num_heads, device=i.device)[:, None, None]
+    b = torch.arange(i.shape[0], device=i.device)[:, None, None, None]
+    words = philox4x32_10((j >> 2, i, h, b), (seed & WORD, seed >> 32 & WORD))
+    lane = j & 3
+    pair0 = torch.where(lane == 0, words[0], words[1])
+    pair1 = torch.where(lane == 2, words[2], words[3])
+    return torch.where(lane < 2, pair0, pair1) < math.floor(dropout_p * 2**32)
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal softmax attention among the tokens of each chunk, nothing across chunks.
+
+        o_i = sum_j softmax_j(q_i . k_j) v_j,   j <= i in the chunk of i, not dropped
+
+    Token t of row b stands at position[b] + t; chunk c holds the positions c C .. c C + C - 1 with
+    C = chunk_size. The m = position[b] mod C tokens of the running chunk that came before are
+    k_cache[b, :m], v_cache[b, :m]; later slots are not read. Scores are not scaled and what remains
+    after DropKey is not rescaled. A query without keys gives o = 0, lse = -inf.
+
+    Shapes: q, k (B, L, H, S); v (B, L, H, E); k_cache (B, C, H, S), v_cache (B, C, H, E) and
+    position (B) int64 together or not at all. Returns o (B, L, H, E) in q's dtype and lse (B, H,
+    L), the logarithm of each softmax's denominator. Raises NotImplementedError if cu_seqlens is
+    given. Differentiable in q, k, v, k_cache, v_cache; o only, not lse.
+    """
+    refuse_cu_seqlens("chunk_attention", cu_seqlens, q)
+    stat = stat_dtype(q)
+    B, L, H, _ = q.shape
+    C = chunk_size
+    if position is None:
+        position = torch.zeros(B, dtype=torch.int64, device=q.device)
+    i = j = position[:, None] + torch.arange(L, device=q.device)
+    if k_cache is not None and v_cache is not None:
+        slot = torch.arange(C, device=q.device)
+        filled = slot < position[:, None] % C
+        unread = ~filled[..., None, None]
+        k = torch.cat((k_cache.masked_fill(unread, 0), k), 1)
+        v = torch.cat((v_cache.masked_fill(unread, 0), v), 1)
+        # An unread slot stands at -1, which is in no query's chunk.
+        cached = torch.where(filled, position[:, None] // C * C + slot, -1)
+        j = torch.cat((cached, i), 1)
+
+    query, key = i[:, None, :, None], j[:, None, None, :]
+    hidden = (key > query) | (key.div(C, rounding_mode="floor") != query // C)
+    if dropout_p > 0:
+        hidden = hidden | dropkey_mask(seed, dropout_p, H, i, j)
+
+    scores = torch.einsum("bihs,bjhs->bhij", q.to(stat), k.to(stat)).masked_fill(hidden, -math.inf)
+    weights = scores.softmax(-1).masked_fill(hidden, 0)
+    o = torch.einsum("bhij,bjhe->bihe", weights, v.to(stat))
+    return o.to(q.dtype), scores.detach().logsumexp(-1)
