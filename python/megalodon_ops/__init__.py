@@ -1,1 +1,44 @@
-"""Kernels for the Megalodon architecture, as PyTorch ops and for any DLPack array."""
+"""Kernels for the Megalodon architecture (arXiv 2404.08801), as PyTorch ops and for any DLPack array.
+
+``torch.ops.megalodon.*``, the friendly functions and the model are there where torch is installed;
+``megalodon_ops.kernels.*`` runs the same kernels on NumPy and other arrays, without torch. The environment variable
+``MEGALODON_TORCH=0`` leaves torch alone even where it is installed; ``MEGALODON_ISA`` forces an instruction set
+(portable, avx2 or avx512).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from megalodon_ops import _C, kernels, ops
+from megalodon_ops._library import registry
+
+__version__ = _C.version()
+
+__all__ = ["kernels", "ops", "registry"]
+
+if os.environ.get("MEGALODON_ISA"):
+    _C.set_isa(os.environ["MEGALODON_ISA"])
+
+HAS_TORCH = os.environ.get("MEGALODON_TORCH", "1") != "0" and bool(
+    importlib.util.find_spec("torch")
+)
+
+if HAS_TORCH:
+    from megalodon_ops import _torch
+
+    _torch.attach()
+
+    from megalodon_ops.functional import *  # noqa: F403
+    from megalodon_ops.functional import __all__ as _functional_names
+
+    __all__ += _functional_names
+else:
+
+    def __getattr__(name: str) -> Any:
+        raise AttributeError(
+            f"module 'megalodon_ops' has no attribute {name!r} (torch is not in use: only "
+            "megalodon_ops.kernels is there)"
+        )

@@ -1,0 +1,321 @@
+"""The registry of ops, and their registration with ``torch.library``.
+
+An :class:`Op` holds everything about one op: schema, fake, autograd formula, reference, sample inputs, cost. Tests,
+benches, ``megalodon info`` and the op table of the README are generated from :data:`registry`. Importing this module
+does not import torch; :func:`register_with_torch` does the joining once torch is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megalodon_ops import _C
+
+if TYPE_CHECKING:
+    import torch
+
+NAMESPACE = "megalodon"
+
+
+class Argument(NamedTuple):
+    """One argument of a schema. ``default`` is :data:`REQUIRED` where there is none."""
+
+    name: str
+    type: str
+    default: Any
+
+
+REQUIRED: Any = object()
+
+
+class Cost(NamedTuple):
+    """The least a call has to move and to compute: bytes read and written once, FLOPs (an FMA is two)."""
+
+    bytes: int
+    flops: int
+
+
+class Sample(NamedTuple):
+    """Inputs of one call, in the order of the schema, and what they stand for."""
+
+    name: str
+    args: tuple[Any, ...]
+
+
+class Maker:
+    """Makes the tensors of samples: reproducible, of one activation dtype, on one device."""
+
+    def __init__(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0):
+        import torch
+
+        self.dtype = dtype
+        self.stat_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.device = torch.device(device)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return values.to(dtype=dtype, device=self.device)
+
+    def activation(self, *shape: int) -> torch.Tensor:
+        """Standard normal numbers of the activation dtype."""
+        return self._normal(shape, self.dtype)
+
+    def stat(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """Normal numbers of the dtype of parameters, states and statistics."""
+        return self._normal(shape, self.stat_dtype) * scale
+
+    def ints(self, *values: int) -> torch.Tensor:
+        """An int64 vector of these values."""
+        import torch
+
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def mask(self, *shape: int, probability: float = 0.3) -> torch.Tensor:
+        """A bool tensor, True with this probability."""
+        import torch
+
+        values = torch.rand(shape, generator=self._generator) < probability
+        return values.to(self.device)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op. Schemas leave out the name: ``(Tensor x, float eps=1e-05) -> Tensor y``.
+
+    ``setup_context`` and ``gradients`` are those of ``torch.autograd.Function``; an op without ``backward_schema`` is for
+    inference. ``samples`` covers every pattern of optional arguments; ``tolerance`` multiplies the tests' bounds and is
+    1 unless a comment says why.
+    """
+
+    name: str
+    summary: str
+    equation: str
+    schema: str
+    fake: Callable[..., Any]
+    samples: Callable[[Maker], Iterable[Sample]]
+    cost: Callable[..., Cost]
+    backward_schema: str | None = None
+    backward_fake: Callable[..., Any] | None = None
+    setup_context: Callable[..., None] | None = None
+    gradients: Callable[..., Any] | None = None
+    tolerance: float = 1.0
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
+    arguments: tuple[Argument, ...] = field(init=False)
+    returns: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        arguments, returns = parse_schema(self.schema)
+        object.__setattr__(self, "arguments", arguments)
+        object.__setattr__(self, "returns", returns)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The equation in plain torch (imports torch)."""
+        module = importlib.import_module(f"megalodon_ops.reference.{self.name}")
+        function: Callable[..., Any] = getattr(module, self.name)
+        return function
+
+    @property
+    def overload(self) -> Any:
+        """``torch.ops.megalodon.{name}.default``."""
+        import torch
+
+        return getattr(torch.ops.megalodon, self.name).default
+
+    @property
+    def mutates(self) -> bool:
+        """Whether the op writes to some of its inputs."""
+        return "!" in self.schema
+
+
+_DEFAULTS: dict[str, Any] = {"None": None, "True": True, "False": False}
+
+
+def _parse_default(text: str) -> Any:
+    if text in _DEFAULTS:
+        return _DEFAULTS[text]
+    if text.startswith('"'):
+        return text.strip('"')
+    return float(text) if re.search(r"[.e]", text) else int(text)
+
+
+def parse_schema(schema: str) -> tuple[tuple[Argument, ...], tuple[str, ...]]:
+    """Reads ``(Type name=default, ...) -> (Tensor name, ...)`` without torch."""
+    inputs, outputs = schema.split("->")
+    arguments = []
+    for part in re.sub(r"\([a-z]!\)", "", inputs).strip().strip("()").split(","):
+        kind, _, rest = part.strip().partition(" ")
+        name, _, default = rest.partition("=")
+        arguments.append(Argument(name, kind, _parse_default(default) if default else REQUIRED))
+    returns = tuple(part.split()[-1] for part in outputs.strip().strip("()").split(","))
+    return tuple(arguments), returns
+
+
+class Registry:
+    """The ops by name, in order of registration."""
+
+    def __init__(self) -> None:
+        self._ops: dict[str, Op] = {}
+
+    def add(self, op: Op) -> Op:
+        if op.name in self._ops:
+            raise ValueError(f"registry: {op.name} is registered already")
+        self._ops[op.name] = op
+        return op
+
+    def __iter__(self) -> Iterator[Op]:
+        return iter(self._ops.values())
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    def __getitem__(self, name: str) -> Op:
+        return self._ops[name]
+
+
+registry = Registry()
+
+
+def _with_defaults(arguments: tuple[Argument, ...], call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` for a dispatcher that leaves out trailing arguments that have their default value."""
+    count = len(arguments)
+    defaults = tuple(argument.default for argument in arguments)
+
+    def complete(*args: Any) -> Any:
+        return call(*args) if len(args) == count else call(*args, *defaults[len(args) :])
+
+    return complete
+
+
+_library: torch.library.Library | None = None
+
+
+def register_with_torch() -> None:
+    """Defines every op of the registry as ``torch.ops.megalodon.{name}``, with its backward. Idempotent."""
+    global _library
+    if _library is not None:
+        return
+    import torch
+
+    _library = torch.library.Library(NAMESPACE, "DEF")
+    for op in registry:
+        _define(_library, op.name, op.schema, f"{op.name}_forward", op.fake)
+        if op.backward_schema is None:
+            _library.impl(op.name, _inference_only(op), "Autograd")
+            continue
+        assert op.backward_fake is not None
+        backward = f"{op.name}_backward"
+        _define(_library, backward, op.backward_schema, backward, op.backward_fake)
+        _library.impl(op.name, _differentiable(op), "Autograd")
+        _library.impl(backward, _once_differentiable(backward), "Autograd")
+
+
+def _define(
+    library: torch.library.Library, name: str, schema: str, kernel: str, fake: Callable[..., Any]
+) -> None:
+    import torch
+
+    arguments, _ = parse_schema(schema)
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    implementation = _with_defaults(arguments, getattr(_C, kernel))
+    library.impl(name, implementation, "CPU")
+    library.impl(name, implementation, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+
+def _below_autograd(name: str) -> Callable[..., Any]:
+    import torch
+
+    overload = getattr(torch.ops.megalodon, name).default
+    guard = torch._C._AutoDispatchBelowAutograd
+
+    def call(*args: Any) -> Any:
+        with guard():
+            return overload(*args)
+
+    return call
+
+
+def _needs_grad(args: tuple[Any, ...]) -> bool:
+    return any(getattr(arg, "requires_grad", False) for arg in args)
+
+
+def _differentiable(op: Op) -> Callable[..., Any]:
+    """The Autograd kernel: records the op's formula where a gradient is wanted, else calls the op."""
+    import torch
+
+    assert op.setup_context is not None
+    assert op.gradients is not None
+    call = _below_autograd(op.name)
+    function = type(
+        op.name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(call),
+            "setup_context": staticmethod(op.setup_context),
+            "backward": staticmethod(op.gradients),
+        },
+    )
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and _needs_grad(args):
+            return function.apply(*args)
+        return call(*args)
+
+    return _with_defaults(op.arguments, autograd)
+
+
+def _once_differentiable(name: str) -> Callable[..., Any]:
+    """The Autograd kernel of a backward op: second derivatives are an error, not silently zero."""
+    import torch
+
+    call = _below_autograd(name)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{name}: second derivatives are not implemented")
+
+    function = type(
+        name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(call),
+            "setup_context": staticmethod(lambda ctx, inputs, output: None),
+            "backward": staticmethod(backward),
+        },
+    )
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and _needs_grad(args):
+            return function.apply(*args)
+        return call(*args)
+
+    return autograd
+
+
+def _inference_only(op: Op) -> Callable[..., Any]:
+    """The Autograd kernel of an op without a gradient; tells autograd which inputs were written to."""
+    import torch
+
+    call = _below_autograd(op.name)
+    arguments, _ = parse_schema(op.schema)
+    written = [i for i, part in enumerate(op.schema.split(",")[: len(arguments)]) if "!" in part]
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and _needs_grad(args):
+            raise NotImplementedError(
+                f"{op.name}: has no gradient; call it under torch.no_grad() or on detached tensors"
+            )
+        result = call(*args)
+        for i in written:
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return result
+
+    return _with_defaults(op.arguments, autograd)
