@@ -90,6 +90,15 @@ MEGALODON_API void megalodon_set_parallel_for(megalodon_parallel_for engine);
 MEGALODON_API int megalodon_set_num_threads(int64_t count);
 MEGALODON_API int64_t megalodon_num_threads(void); /* of our own pool */
 
+/* fft_conv: y_t = sum over s <= t of k_s x_(t-s), a causal convolution per channel. x, y (B, L, D); k (D, L). */
+MEGALODON_API int megalodon_fft_conv_forward_outputs(const DLTensor* x, const DLTensor* k, megalodon_spec* outputs);
+MEGALODON_API int megalodon_fft_conv_forward(const DLTensor* x, const DLTensor* k, DLTensor* y, DLTensor* workspace,
+                                             void* stream);
+MEGALODON_API int megalodon_fft_conv_backward_outputs(const DLTensor* dy, const DLTensor* x, const DLTensor* k,
+                                                      megalodon_spec* outputs);
+MEGALODON_API int megalodon_fft_conv_backward(const DLTensor* dy, const DLTensor* x, const DLTensor* k, DLTensor* dx,
+                                              DLTensor* dk, DLTensor* workspace, void* stream);
+
 /* rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + 1). x, y (..., D); weight (D); rstd (...). */
 MEGALODON_API int megalodon_rms_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, double eps,
                                                      megalodon_spec* outputs);
