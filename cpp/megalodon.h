@@ -98,6 +98,28 @@ MEGALODON_API int megalodon_fft_conv_backward_outputs(const DLTensor* dy, const 
                                                       megalodon_spec* outputs);
 MEGALODON_API int megalodon_fft_conv_backward(const DLTensor* dy, const DLTensor* x, const DLTensor* k, DLTensor* dx,
                                               DLTensor* dk, DLTensor* workspace, void* stream);
+/* cema: h_t = a x_t + q h_(t-1), y_t = Re sum_n g h_t + omega x_t. x, y, dy, dx (B, L, D); alpha, delta (D, N);
+ * theta, omega (D); gamma (D, N, 2); h0, h, dh, dh0 (B, D, N, 2), last axis (re, im). h0, dh, cu_seqlens optional.
+ * algorithm: "auto", "scan" or "fft". */
+MEGALODON_API int megalodon_cema_forward_outputs(const DLTensor* x, const DLTensor* alpha, const DLTensor* delta,
+                                                 const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
+                                                 const DLTensor* h0, const DLTensor* cu_seqlens, const char* algorithm,
+                                                 megalodon_spec* outputs);
+MEGALODON_API int megalodon_cema_forward(const DLTensor* x, const DLTensor* alpha, const DLTensor* delta,
+                                         const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
+                                         const DLTensor* h0, const DLTensor* cu_seqlens, const char* algorithm,
+                                         DLTensor* y, DLTensor* h, DLTensor* workspace, void* stream);
+MEGALODON_API int megalodon_cema_backward_outputs(const DLTensor* dy, const DLTensor* dh, const DLTensor* x,
+                                                  const DLTensor* alpha, const DLTensor* delta, const DLTensor* theta,
+                                                  const DLTensor* gamma, const DLTensor* omega, const DLTensor* h0,
+                                                  const DLTensor* cu_seqlens, const char* algorithm,
+                                                  megalodon_spec* outputs);
+MEGALODON_API int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh, const DLTensor* x,
+                                          const DLTensor* alpha, const DLTensor* delta, const DLTensor* theta,
+                                          const DLTensor* gamma, const DLTensor* omega, const DLTensor* h0,
+                                          const DLTensor* cu_seqlens, const char* algorithm, DLTensor* dx,
+                                          DLTensor* dalpha, DLTensor* ddelta, DLTensor* dtheta, DLTensor* dgamma,
+                                          DLTensor* domega, DLTensor* dh0, DLTensor* workspace, void* stream);
 
 /* rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + 1). x, y (..., D); weight (D); rstd (...). */
 MEGALODON_API int megalodon_rms_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, double eps,

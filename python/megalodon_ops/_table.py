@@ -1,4 +1,4 @@
-"""The op table of the README, made from the registry: ``python -m megalodon_ops._table README.md``."""
+"""The op table of the README: ``python -m megalodon_ops._table README.md`` renews it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Friendly functions on the ops: differentiable, states as values, official parameter shapes accepted.
+"""Friendly functions on the ops: differentiable, states as values, official parameter shapes
+accepted.
 
 Activations are float32, bfloat16, float16 or float64. Parameters, states and statistics ("stat"
 below) are float32, or float64 where the activation is. Every function raises ValueError for a wrong
@@ -34,7 +35,7 @@ _ops = torch.ops.megalodon
 class TimestepNormState(NamedTuple):
     """The running statistics of timestep_norm: steps seen, mean and biased variance per group."""
 
-    count: Tensor  # (B) int64
+    count: Tensor  # type: ignore[assignment]  # (B) int64; hides tuple.count
     mean: Tensor  # (B, G) stat
     var: Tensor  # (B, G) stat
 
@@ -93,9 +94,7 @@ def cema(
     return y, h
 
 
-def cema_kernel(
-    alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int
-) -> Tensor:
+def cema_kernel(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int) -> Tensor:
     """The impulse response of cema without omega: ``k[d, t] = Re sum_n a g q^t``.
 
     Args:
@@ -185,7 +184,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """Layer norm over the last dimension: ``y = (x - mean) / sqrt(var + eps) * (weight + 1) + bias``.
+    """Layer norm over the last dimension: ``y = (x - mean) / sqrt(var + eps) * (weight + 1) +
+    bias``.
 
     Args:
         x: (..., D) activation.

@@ -22,7 +22,7 @@ class KeepsPrecision(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsPrecision:
         if recurse:
             for module in self.children():
-                module._apply(fn)  # type: ignore[no-untyped-call]
+                module._apply(fn)
 
         def widened(tensor: Tensor) -> Tensor:
             out = fn(tensor)

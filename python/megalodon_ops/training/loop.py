@@ -112,7 +112,7 @@ def training_step(
         logits = model(tokens)
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     bits = loss.item() / math.log(2)
     if math.isfinite(bits) and math.isfinite(norm):
