@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/complex.h"
 #include "core/simd.h"
 #include "core/slots.h"
 
@@ -38,18 +39,13 @@ constexpr int64_t fft_table_bytes(int64_t H, DType stat) { return aligned_bytes(
 
 namespace cpu::MEGALODON_ISA {
 
-template <class A>
-struct Complex {
-  Vec<A> re, im;
-};
-
 constexpr int kFftRadix = kVectorBytes == 64 ? 8 : 4;
 
 // ---- butterflies: z becomes what the children of its node hold; w are the node's constants as re, im pairs ----
 
 // (a, b) -> (a + c b, a - c b), or with i c for c.
 template <bool kTimesI, class A>
-inline void split(Complex<A>& a, Complex<A>& b, const A* c) {
+inline void split(Complex<Vec<A>>& a, Complex<Vec<A>>& b, const A* c) {
   const Vec<A> re = b.re * c[0] - b.im * c[1];
   const Vec<A> im = b.re * c[1] + b.im * c[0];
   if constexpr (kTimesI) {
@@ -63,7 +59,7 @@ inline void split(Complex<A>& a, Complex<A>& b, const A* c) {
 
 // Twice the inverse of split.
 template <bool kTimesI, class A>
-inline void join(Complex<A>& a, Complex<A>& b, const A* c) {
+inline void join(Complex<Vec<A>>& a, Complex<Vec<A>>& b, const A* c) {
   const Vec<A> re = a.re - b.re;
   const Vec<A> im = a.im - b.im;
   a = {a.re + b.re, a.im + b.im};
@@ -76,7 +72,7 @@ inline void join(Complex<A>& a, Complex<A>& b, const A* c) {
 
 // The levels below the first, which differs at the root.
 template <int kRadix, class A>
-inline void split_rest(Complex<A>* z, const A* w) {
+inline void split_rest(Complex<Vec<A>>* z, const A* w) {
   if constexpr (kRadix >= 4) {
     constexpr int q = kRadix / 4;
     for (int i = 0; i < q; ++i) split<false>(z[i], z[q + i], w + 2);
@@ -91,7 +87,7 @@ inline void split_rest(Complex<A>* z, const A* w) {
 }
 
 template <int kRadix, class A>
-inline void join_rest(Complex<A>* z, const A* w) {
+inline void join_rest(Complex<Vec<A>>* z, const A* w) {
   if constexpr (kRadix == 8) {
     join<false>(z[0], z[1], w + 4);
     join<true>(z[2], z[3], w + 4);
@@ -106,20 +102,20 @@ inline void join_rest(Complex<A>* z, const A* w) {
 }
 
 template <int kRadix, class A>
-inline void split_all(Complex<A>* z, const A* w) {
+inline void split_all(Complex<Vec<A>>* z, const A* w) {
   for (int i = 0; i < kRadix / 2; ++i) split<false>(z[i], z[kRadix / 2 + i], w);
   split_rest<kRadix>(z, w);
 }
 
 template <int kRadix, class A>
-inline void join_all(Complex<A>* z, const A* w) {
+inline void join_all(Complex<Vec<A>>* z, const A* w) {
   join_rest<kRadix>(z, w);
   for (int i = 0; i < kRadix / 2; ++i) join<false>(z[i], z[kRadix / 2 + i], w);
 }
 
 // At the root, from real values: x holds them, z is written.
 template <int kRadix, class A>
-inline void split_root(const Vec<A>* x, Complex<A>* z, const A* w) {
+inline void split_root(const Vec<A>* x, Complex<Vec<A>>* z, const A* w) {
   if constexpr (kRadix == 3) {  // x0 + c u x1 + c^2 u^2 x2 for the three cube roots u of 1
     for (int i = 0; i < 3; ++i) {
       z[i].re = x[0] + x[1] * w[4 * i] + x[2] * w[4 * i + 2];
@@ -139,7 +135,7 @@ inline void split_root(const Vec<A>* x, Complex<A>* z, const A* w) {
 
 // At the root, the real parts of the inverse.
 template <int kRadix, class A>
-inline void join_root(Complex<A>* z, Vec<A>* x, const A* w) {
+inline void join_root(Complex<Vec<A>>* z, Vec<A>* x, const A* w) {
   if constexpr (kRadix == 3) {
     x[0] = z[0].re + z[1].re + z[2].re;
     x[1] = z[0].re * w[0] + z[0].im * w[1] + z[1].re * w[4] + z[1].im * w[5] + z[2].re * w[8] + z[2].im * w[9];
@@ -200,7 +196,7 @@ class Fft {
       const int64_t h = H_ / R;
       for (int64_t j = 0; j < h; ++j) {
         Vec<A> x[R];
-        Complex<A> out[R];
+        Complex<Vec<A>> out[R];
         for (int m = 0; m < R; ++m) x[m] = load(j + m * h);
         split_root<R>(x, out, table_);
         for (int m = 0; m < R; ++m) put(z + 2 * (j + m * h), out[m]);
@@ -214,7 +210,7 @@ class Fft {
       const int64_t h = H_ / R;
       for (int64_t j = 0; j < h; ++j) {
         Vec<A> x[R];
-        Complex<A> in[R];
+        Complex<Vec<A>> in[R];
         for (int m = 0; m < R; ++m) in[m] = get(z + 2 * (j + m * h));
         join_root<R>(in, x, table_);
         for (int m = 0; m < R; ++m) store(j + m * h, x[m]);
@@ -229,17 +225,17 @@ class Fft {
   }
   void multiply(Vec<A>* x, const Vec<A>* k) const {
     walk<1, 1>({x}, [&](int64_t p, const A* w) {
-      Complex<A> z[R];
+      Complex<Vec<A>> z[R];
       for (int m = 0; m < R; ++m) z[m] = get(x + p + 2 * m);
       split_all<R>(z, w);
-      for (int m = 0; m < R; ++m) z[m] = product(z[m], get(k + p + 2 * m));
+      for (int m = 0; m < R; ++m) z[m] = z[m] * get(k + p + 2 * m);
       join_all<R>(z, w);
       for (int m = 0; m < R; ++m) put(x + p + 2 * m, z[m]);
     });
   }
   void inverse(Vec<A>* s) const {
     walk<0, 1>({s}, [&](int64_t p, const A* w) {
-      Complex<A> z[R];
+      Complex<Vec<A>> z[R];
       for (int m = 0; m < R; ++m) z[m] = get(s + p + 2 * m);
       join_all<R>(z, w);
       for (int m = 0; m < R; ++m) put(s + p + 2 * m, z[m]);
@@ -249,14 +245,14 @@ class Fft {
   void multiply_both(Vec<A>* r, Vec<A>* x, const Vec<A>* k, Vec<A>* s) const {
     walk<2, 1>({r, x}, [&](int64_t p, const A* w) {
       split_leaf(x + p, w);
-      Complex<A> z[R];
+      Complex<Vec<A>> z[R];
       for (int m = 0; m < R; ++m) z[m] = get(r + p + 2 * m);
       split_all<R>(z, w);
       for (int m = 0; m < R; ++m) {
-        const Complex<A> both = product(z[m], get(x + p + 2 * m));
-        const Complex<A> sum = get(s + p + 2 * m);
-        put(s + p + 2 * m, {sum.re + both.re, sum.im + both.im});
-        z[m] = product(z[m], get(k + p + 2 * m));
+        const Complex<Vec<A>> both = z[m] * get(x + p + 2 * m);
+        const Complex<Vec<A>> sum = get(s + p + 2 * m);
+        put(s + p + 2 * m, sum + both);
+        z[m] = z[m] * get(k + p + 2 * m);
       }
       join_all<R>(z, w);
       for (int m = 0; m < R; ++m) put(r + p + 2 * m, z[m]);
@@ -268,16 +264,13 @@ class Fft {
 
   static constexpr int constants(int radix) { return radix == 3 ? 12 : radix == 8 ? 8 : radix; }
 
-  static Complex<A> get(const Vec<A>* z) { return {z[0], z[1]}; }
-  static void put(Vec<A>* z, Complex<A> value) {
+  static Complex<Vec<A>> get(const Vec<A>* z) { return {z[0], z[1]}; }
+  static void put(Vec<A>* z, Complex<Vec<A>> value) {
     z[0] = value.re;
     z[1] = value.im;
   }
-  static Complex<A> product(Complex<A> a, Complex<A> b) {
-    return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-  }
   static void split_leaf(Vec<A>* z, const A* w) {
-    Complex<A> v[R];
+    Complex<Vec<A>> v[R];
     for (int m = 0; m < R; ++m) v[m] = get(z + 2 * m);
     split_all<R>(v, w);
     for (int m = 0; m < R; ++m) put(z + 2 * m, v[m]);
@@ -348,7 +341,7 @@ class Fft {
   template <int kRadix, bool kInverse>
   static void pass_of(Vec<A>* z, int64_t h, const A* w) {
     for (int64_t j = 0; j < h; ++j) {
-      Complex<A> v[kRadix];
+      Complex<Vec<A>> v[kRadix];
       for (int m = 0; m < kRadix; ++m) v[m] = get(z + 2 * (j + m * h));
       if constexpr (kInverse) {
         join_all<kRadix>(v, w);
