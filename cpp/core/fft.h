@@ -19,6 +19,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/complex.h"
 #include "core/simd.h"
@@ -41,11 +42,14 @@ namespace cpu::MEGALODON_ISA {
 
 constexpr int kFftRadix = kVectorBytes == 64 ? 8 : 4;
 
+// The butterflies must be inlined whole, or their points go through memory.
+#define MEGALODON_BUTTERFLY __attribute__((always_inline)) inline void
+
 // ---- butterflies: z becomes what the children of its node hold; w are the node's constants as re, im pairs ----
 
 // (a, b) -> (a + c b, a - c b), or with i c for c.
 template <bool kTimesI, class A>
-inline void split(Complex<Vec<A>>& a, Complex<Vec<A>>& b, const A* c) {
+MEGALODON_BUTTERFLY split(Complex<Vec<A>>& a, Complex<Vec<A>>& b, const A* c) {
   const Vec<A> re = b.re * c[0] - b.im * c[1];
   const Vec<A> im = b.re * c[1] + b.im * c[0];
   if constexpr (kTimesI) {
@@ -59,7 +63,7 @@ inline void split(Complex<Vec<A>>& a, Complex<Vec<A>>& b, const A* c) {
 
 // Twice the inverse of split.
 template <bool kTimesI, class A>
-inline void join(Complex<Vec<A>>& a, Complex<Vec<A>>& b, const A* c) {
+MEGALODON_BUTTERFLY join(Complex<Vec<A>>& a, Complex<Vec<A>>& b, const A* c) {
   const Vec<A> re = a.re - b.re;
   const Vec<A> im = a.im - b.im;
   a = {a.re + b.re, a.im + b.im};
@@ -72,7 +76,7 @@ inline void join(Complex<Vec<A>>& a, Complex<Vec<A>>& b, const A* c) {
 
 // The levels below the first, which differs at the root.
 template <int kRadix, class A>
-inline void split_rest(Complex<Vec<A>>* z, const A* w) {
+MEGALODON_BUTTERFLY split_rest(Complex<Vec<A>>* z, const A* w) {
   if constexpr (kRadix >= 4) {
     constexpr int q = kRadix / 4;
     for (int i = 0; i < q; ++i) split<false>(z[i], z[q + i], w + 2);
@@ -87,7 +91,7 @@ inline void split_rest(Complex<Vec<A>>* z, const A* w) {
 }
 
 template <int kRadix, class A>
-inline void join_rest(Complex<Vec<A>>* z, const A* w) {
+MEGALODON_BUTTERFLY join_rest(Complex<Vec<A>>* z, const A* w) {
   if constexpr (kRadix == 8) {
     join<false>(z[0], z[1], w + 4);
     join<true>(z[2], z[3], w + 4);
@@ -102,20 +106,20 @@ inline void join_rest(Complex<Vec<A>>* z, const A* w) {
 }
 
 template <int kRadix, class A>
-inline void split_all(Complex<Vec<A>>* z, const A* w) {
+MEGALODON_BUTTERFLY split_all(Complex<Vec<A>>* z, const A* w) {
   for (int i = 0; i < kRadix / 2; ++i) split<false>(z[i], z[kRadix / 2 + i], w);
   split_rest<kRadix>(z, w);
 }
 
 template <int kRadix, class A>
-inline void join_all(Complex<Vec<A>>* z, const A* w) {
+MEGALODON_BUTTERFLY join_all(Complex<Vec<A>>* z, const A* w) {
   join_rest<kRadix>(z, w);
   for (int i = 0; i < kRadix / 2; ++i) join<false>(z[i], z[kRadix / 2 + i], w);
 }
 
 // At the root, from real values: x holds them, z is written.
 template <int kRadix, class A>
-inline void split_root(const Vec<A>* x, Complex<Vec<A>>* z, const A* w) {
+MEGALODON_BUTTERFLY split_root(const Vec<A>* x, Complex<Vec<A>>* z, const A* w) {
   if constexpr (kRadix == 3) {  // x0 + c u x1 + c^2 u^2 x2 for the three cube roots u of 1
     for (int i = 0; i < 3; ++i) {
       z[i].re = x[0] + x[1] * w[4 * i] + x[2] * w[4 * i + 2];
@@ -135,7 +139,7 @@ inline void split_root(const Vec<A>* x, Complex<Vec<A>>* z, const A* w) {
 
 // At the root, the real parts of the inverse.
 template <int kRadix, class A>
-inline void join_root(Complex<Vec<A>>* z, Vec<A>* x, const A* w) {
+MEGALODON_BUTTERFLY join_root(Complex<Vec<A>>* z, Vec<A>* x, const A* w) {
   if constexpr (kRadix == 3) {
     x[0] = z[0].re + z[1].re + z[2].re;
     x[1] = z[0].re * w[0] + z[0].im * w[1] + z[1].re * w[4] + z[1].im * w[5] + z[2].re * w[8] + z[2].im * w[9];
@@ -188,32 +192,31 @@ class Fft {
     }
   }
 
-  // The root pass: z from the real values load(t), t < H, and store(t, value) of the real parts of its inverse.
+  // The root pass: z from the real values load(t), t < L and 0 for the others, and store(t, value), t < L, of the real
+  // parts of its inverse.
   template <class Load>
-  void root(Vec<A>* z, Load&& load) const {
-    with_root_radix([&](auto radix) {
+  void root(Vec<A>* z, int64_t L, Load&& load) const {
+    root_steps(L, [&](auto radix, auto all, int64_t j) {
       constexpr int R = decltype(radix)::value;
       const int64_t h = H_ / R;
-      for (int64_t j = 0; j < h; ++j) {
-        Vec<A> x[R];
-        Complex<Vec<A>> out[R];
-        for (int m = 0; m < R; ++m) x[m] = load(j + m * h);
-        split_root<R>(x, out, table_);
-        for (int m = 0; m < R; ++m) put(z + 2 * (j + m * h), out[m]);
-      }
+      Vec<A> x[R];
+      Complex<Vec<A>> out[R];
+      for (int m = 0; m < R; ++m) x[m] = all.value || j + m * h < L ? load(j + m * h) : Vec<A>{};
+      split_root<R>(x, out, table_);
+      for (int m = 0; m < R; ++m) put(z + 2 * (j + m * h), out[m]);
     });
   }
   template <class Store>
-  void root_inverse(Vec<A>* z, Store&& store) const {
-    with_root_radix([&](auto radix) {
+  void root_inverse(const Vec<A>* z, int64_t L, Store&& store) const {
+    root_steps(L, [&](auto radix, auto all, int64_t j) {
       constexpr int R = decltype(radix)::value;
       const int64_t h = H_ / R;
-      for (int64_t j = 0; j < h; ++j) {
-        Vec<A> x[R];
-        Complex<Vec<A>> in[R];
-        for (int m = 0; m < R; ++m) in[m] = get(z + 2 * (j + m * h));
-        join_root<R>(in, x, table_);
-        for (int m = 0; m < R; ++m) store(j + m * h, x[m]);
+      Vec<A> x[R];
+      Complex<Vec<A>> in[R];
+      for (int m = 0; m < R; ++m) in[m] = get(z + 2 * (j + m * h));
+      join_root<R>(in, x, table_);
+      for (int m = 0; m < R; ++m) {
+        if (all.value || j + m * h < L) store(j + m * h, x[m]);
       }
     });
   }
@@ -269,7 +272,7 @@ class Fft {
     z[0] = value.re;
     z[1] = value.im;
   }
-  static void split_leaf(Vec<A>* z, const A* w) {
+  static MEGALODON_BUTTERFLY split_leaf(Vec<A>* z, const A* w) {
     Complex<Vec<A>> v[R];
     for (int m = 0; m < R; ++m) v[m] = get(z + 2 * m);
     split_all<R>(v, w);
@@ -320,21 +323,25 @@ class Fft {
     }
   }
 
-  template <int kValue>
-  struct Radix {
-    static constexpr int value = kValue;
-  };
-  template <class Body>
-  void with_root_radix(Body&& body) const {
+  // Calls step(radix, all, j) for the butterflies of the root; `all` where all their points are below L.
+  template <class Step>
+  void root_steps(int64_t L, Step&& step) const {
+    const auto run = [&](auto radix) {
+      const int64_t h = H_ / radix.value;
+      const int64_t all = L - (radix.value - 1) * h;
+      int64_t j = 0;
+      for (; j < all; ++j) step(radix, std::true_type{}, j);
+      for (; j < h; ++j) step(radix, std::false_type{}, j);
+    };
     switch (radix_[0]) {
       case 2:
-        return body(Radix<2>{});
+        return run(std::integral_constant<int, 2>{});
       case 3:
-        return body(Radix<3>{});
+        return run(std::integral_constant<int, 3>{});
       case 4:
-        return body(Radix<4>{});
+        return run(std::integral_constant<int, 4>{});
       default:
-        return body(Radix<R>{});
+        return run(std::integral_constant<int, R>{});
     }
   }
 
@@ -392,6 +399,8 @@ class Fft {
   int64_t size_[kMaxPasses];
   int64_t offset_[kMaxPasses];
 };
+
+#undef MEGALODON_BUTTERFLY
 
 }  // namespace cpu::MEGALODON_ISA
 }  // namespace megalodon

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/parallel.h"
@@ -71,6 +72,27 @@ void for_channels(const ChannelTasks& tasks, char* slots, Body&& body) {
       for (int64_t d = group * tasks.width; d < last; d += W) body(d, last - d < W ? last - d : W, Slot(slot));
     }
   });
+}
+
+// One vector of channels of a step: all lanes where kFull, `lanes` of them otherwise. A step `ahead` elements further
+// is fetched meanwhile: steps lie D elements apart, which the hardware does not foresee.
+template <bool kFull, class T>
+inline Vec<stat_t<T>> load_step(const T* p, int64_t lanes, int64_t ahead) {
+  __builtin_prefetch(p + ahead);
+  if constexpr (kFull) return load(p);
+  return load(p, lanes);
+}
+template <bool kFull, class T>
+inline void store_step(T* p, Vec<stat_t<T>> v, int64_t lanes) {
+  if constexpr (kFull) return store(p, v);
+  store(p, v, lanes);
+}
+
+// Calls body(std::true_type or std::false_type): whether all lanes of the vector exist.
+template <class A, class Body>
+void with_lanes(int64_t lanes, Body&& body) {
+  if (lanes == kLanes<A>) return body(std::true_type{});
+  body(std::false_type{});
 }
 
 // rows[lane * stride + t] -> tile[t], for t < count; lanes that do not exist are 0.

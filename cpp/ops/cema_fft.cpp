@@ -19,6 +19,8 @@
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
+constexpr int64_t kAhead = 8;  // steps to fetch ahead
+
 // What one task works with: the powers, the coefficients and the transformed response of one vector of channels.
 template <class T>
 class Column {
@@ -45,7 +47,7 @@ class Column {
       for (int64_t i = 0; i < count; ++i) spectrum_[2 * (t + i)] = tile[i] * scale;
       if (t == 0) spectrum_[0] = (tile[0] + omega) * scale;
     });
-    fft.root(spectrum_, [&](int64_t t) { return t < L_ ? spectrum_[2 * t] : Vec<A>{}; });
+    fft.root(spectrum_, L_, [&](int64_t t) { return spectrum_[2 * t]; });
     fft.forward(spectrum_);
   }
 
@@ -142,12 +144,15 @@ void forward(const CemaForward& args) {
         column.synthesize(
             [&](int64_t n, int64_t i) { return column.g(n, i) * column.power(n, i, 1) * column.state(start, n, i); });
       }
-      fft.root(z, [&](int64_t t) { return t < L ? load(x + t * D, lanes) : Vec<A>{}; });
-      fft.multiply(z, column.spectrum());
-      fft.root_inverse(z, [&](int64_t t, Vec<A> v) {
-        if (t < L) store(y + t * D, start == nullptr ? v : v + column.extra()[t], lanes);
+      with_lanes<A>(lanes, [&](auto full) {
+        fft.root(z, L, [&](int64_t t) { return load_step<full.value>(x + t * D, lanes, kAhead * D); });
+        fft.multiply(z, column.spectrum());
+        fft.root_inverse(z, L, [&](int64_t t, Vec<A> v) {
+          store_step<full.value>(y + t * D, start == nullptr ? v : v + column.extra()[t], lanes);
+        });
+        column.template analyze<false>(
+            [&](int64_t m) { return load_step<full.value>(x + (L - 1 - m) * D, lanes, -kAhead * D); });
       });
-      column.template analyze<false>([&](int64_t m) { return load(x + (L - 1 - m) * D, lanes); });
       A* h = static_cast<A*>(args.h) + b * D * args.N * 2;
       column.each([&](int64_t n, int64_t i) {
         Complex<Double> last = times(column.a(n, i), column.S(n, i));
@@ -216,11 +221,13 @@ void backward_row(const CemaBackward& args, const Fft<stat_t<T>>& fft, Column<T>
   if (dh != nullptr) {
     column.synthesize([&](int64_t n, int64_t i) { return times(column.a(n, i), conj(column.state(dh, n, i))); });
   }
-  fft.root(reversed, [&](int64_t t) { return t < L ? load(dy + last - t * D, lanes) : Vec<A>{}; });
-  fft.root(z, [&](int64_t t) { return t < L ? load(x + first + t * D, lanes) : Vec<A>{}; });
-  fft.multiply_both(reversed, z, column.spectrum(), sum);
-  fft.root_inverse(reversed, [&](int64_t t, Vec<A> v) {
-    if (t < L) store(dx + last - t * D, dh == nullptr ? v : v + column.extra()[t], lanes);
+  with_lanes<A>(lanes, [&](auto full) {
+    fft.root(reversed, L, [&](int64_t t) { return load_step<full.value>(dy + last - t * D, lanes, -kAhead * D); });
+    fft.root(z, L, [&](int64_t t) { return load_step<full.value>(x + first + t * D, lanes, kAhead * D); });
+    fft.multiply_both(reversed, z, column.spectrum(), sum);
+    fft.root_inverse(reversed, L, [&](int64_t t, Vec<A> v) {
+      store_step<full.value>(dx + last - t * D, dh == nullptr ? v : v + column.extra()[t], lanes);
+    });
   });
   if (dh != nullptr) {
     column.template analyze<true>([&](int64_t m) { return load(x + last - m * D, lanes); });
@@ -254,7 +261,7 @@ void backward(const CemaBackward& args) {
 
     fft.inverse(sum);
     const A scale = A(1) / static_cast<A>(H);
-    fft.root_inverse(sum, [&](int64_t t, Vec<A> v) { sum[2 * t] = v * scale; });
+    fft.root_inverse(sum, L, [&](int64_t t, Vec<A> v) { sum[2 * t] = v * scale; });
     const auto dk = [&](int64_t t) { return sum[2 * (L - 1 - t)]; };
     store(static_cast<A*>(args.domega) + d, L > 0 ? dk(0) : Vec<A>{}, lanes);
     column.template analyze<true>(dk);

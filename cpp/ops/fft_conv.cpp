@@ -19,6 +19,7 @@ namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
 constexpr int64_t kTile = 64;
+constexpr int64_t kAhead = 8;  // steps to fetch ahead
 
 // The transform of the kernels of `lanes` channels, divided by H.
 template <class A>
@@ -30,7 +31,7 @@ void transform_kernel(const Fft<A>& fft, const A* rows, int64_t L, int64_t lanes
     gather_lanes(rows + t, L, lanes, n, tile);
     for (int64_t i = 0; i < n; ++i) z[2 * (t + i)] = tile[i] * scale;
   }
-  fft.root(z, [&](int64_t t) { return t < L ? z[2 * t] : Vec<A>{}; });
+  fft.root(z, L, [&](int64_t t) { return z[2 * t]; });
   fft.forward(z);
 }
 
@@ -50,15 +51,15 @@ void forward(const FftConvForward& args) {
     auto* spectrum = slot.take<Vec<A>>(2 * fft.points());
     auto* z = slot.take<Vec<A>>(2 * fft.points());
     transform_kernel(fft, k + d * L, L, lanes, spectrum);
-    for (int64_t b = 0; b < args.B; ++b) {
-      const T* xb = x + b * L * D + d;
-      T* yb = y + b * L * D + d;
-      fft.root(z, [&](int64_t t) { return t < L ? load(xb + t * D, lanes) : Vec<A>{}; });
-      fft.multiply(z, spectrum);
-      fft.root_inverse(z, [&](int64_t t, Vec<A> v) {
-        if (t < L) store(yb + t * D, v, lanes);
-      });
-    }
+    with_lanes<A>(lanes, [&](auto full) {
+      for (int64_t b = 0; b < args.B; ++b) {
+        const T* xb = x + b * L * D + d;
+        T* yb = y + b * L * D + d;
+        fft.root(z, L, [&](int64_t t) { return load_step<full.value>(xb + t * D, lanes, kAhead * D); });
+        fft.multiply(z, spectrum);
+        fft.root_inverse(z, L, [&](int64_t t, Vec<A> v) { store_step<full.value>(yb + t * D, v, lanes); });
+      }
+    });
   });
 }
 
@@ -84,18 +85,20 @@ void backward(const FftConvBackward& args) {
     auto* sum = slot.take<Vec<A>>(2 * H);
     transform_kernel(fft, k + d * L, L, lanes, spectrum);
     std::memset(sum, 0, 2 * H * sizeof(Vec<A>));
-    for (int64_t b = 0; b < args.B; ++b) {
-      const int64_t last = (b * L + L - 1) * D + d;
-      fft.root(reversed, [&](int64_t t) { return t < L ? load(dy + last - t * D, lanes) : Vec<A>{}; });
-      fft.root(z, [&](int64_t t) { return t < L ? load(x + b * L * D + t * D + d, lanes) : Vec<A>{}; });
-      fft.multiply_both(reversed, z, spectrum, sum);
-      fft.root_inverse(reversed, [&](int64_t t, Vec<A> v) {
-        if (t < L) store(dx + last - t * D, v, lanes);
-      });
-    }
+    with_lanes<A>(lanes, [&](auto full) {
+      for (int64_t b = 0; b < args.B; ++b) {
+        const int64_t first = b * L * D + d, last = first + (L - 1) * D;
+        fft.root(reversed, L,
+                 [&](int64_t t) { return load_step<full.value>(dy + last - t * D, lanes, -kAhead * D); });
+        fft.root(z, L, [&](int64_t t) { return load_step<full.value>(x + first + t * D, lanes, kAhead * D); });
+        fft.multiply_both(reversed, z, spectrum, sum);
+        fft.root_inverse(reversed, L,
+                         [&](int64_t t, Vec<A> v) { store_step<full.value>(dx + last - t * D, v, lanes); });
+      }
+    });
     fft.inverse(sum);
     const A scale = A(1) / static_cast<A>(H);
-    fft.root_inverse(sum, [&](int64_t t, Vec<A> v) { sum[2 * t] = v * scale; });
+    fft.root_inverse(sum, L, [&](int64_t t, Vec<A> v) { sum[2 * t] = v * scale; });
     for (int64_t t = 0; t < L; t += kTile) {
       Vec<A> tile[kTile];
       const int64_t n = L - t < kTile ? L - t : kTile;
