@@ -83,7 +83,8 @@ inline Vec<stat_t<T>> load_step(const T* p, int64_t lanes, int64_t ahead) {
   return load(p, lanes);
 }
 template <bool kFull, class T>
-inline void store_step(T* p, Vec<stat_t<T>> v, int64_t lanes) {
+inline void store_step(T* p, Vec<stat_t<T>> v, int64_t lanes, int64_t ahead) {
+  __builtin_prefetch(p + ahead, 1);
   if constexpr (kFull) return store(p, v);
   store(p, v, lanes);
 }

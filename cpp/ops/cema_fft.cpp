@@ -148,7 +148,7 @@ void forward(const CemaForward& args) {
         fft.root(z, L, [&](int64_t t) { return load_step<full.value>(x + t * D, lanes, kAhead * D); });
         fft.multiply(z, column.spectrum());
         fft.root_inverse(z, L, [&](int64_t t, Vec<A> v) {
-          store_step<full.value>(y + t * D, start == nullptr ? v : v + column.extra()[t], lanes);
+          store_step<full.value>(y + t * D, start == nullptr ? v : v + column.extra()[t], lanes, kAhead * D);
         });
         column.template analyze<false>(
             [&](int64_t m) { return load_step<full.value>(x + (L - 1 - m) * D, lanes, -kAhead * D); });
@@ -226,7 +226,7 @@ void backward_row(const CemaBackward& args, const Fft<stat_t<T>>& fft, Column<T>
     fft.root(z, L, [&](int64_t t) { return load_step<full.value>(x + first + t * D, lanes, kAhead * D); });
     fft.multiply_both(reversed, z, column.spectrum(), sum);
     fft.root_inverse(reversed, L, [&](int64_t t, Vec<A> v) {
-      store_step<full.value>(dx + last - t * D, dh == nullptr ? v : v + column.extra()[t], lanes);
+      store_step<full.value>(dx + last - t * D, dh == nullptr ? v : v + column.extra()[t], lanes, -kAhead * D);
     });
   });
   if (dh != nullptr) {

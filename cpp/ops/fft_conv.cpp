@@ -57,7 +57,7 @@ void forward(const FftConvForward& args) {
         T* yb = y + b * L * D + d;
         fft.root(z, L, [&](int64_t t) { return load_step<full.value>(xb + t * D, lanes, kAhead * D); });
         fft.multiply(z, spectrum);
-        fft.root_inverse(z, L, [&](int64_t t, Vec<A> v) { store_step<full.value>(yb + t * D, v, lanes); });
+        fft.root_inverse(z, L, [&](int64_t t, Vec<A> v) { store_step<full.value>(yb + t * D, v, lanes, kAhead * D); });
       }
     });
   });
@@ -93,7 +93,7 @@ void backward(const FftConvBackward& args) {
         fft.root(z, L, [&](int64_t t) { return load_step<full.value>(x + first + t * D, lanes, kAhead * D); });
         fft.multiply_both(reversed, z, spectrum, sum);
         fft.root_inverse(reversed, L,
-                         [&](int64_t t, Vec<A> v) { store_step<full.value>(dx + last - t * D, v, lanes); });
+                         [&](int64_t t, Vec<A> v) { store_step<full.value>(dx + last - t * D, v, lanes, -kAhead * D); });
       }
     });
     fft.inverse(sum);
