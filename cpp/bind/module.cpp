@@ -148,6 +148,11 @@ PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(fft_conv_backward);
   MEGALODON_DEFINE(cema_forward);
   MEGALODON_DEFINE(cema_backward);
+  MEGALODON_DEFINE(chunk_attention_forward);
+  MEGALODON_DEFINE(chunk_attention_backward);
+  MEGALODON_DEFINE(chunk_attention_step_forward);
+  MEGALODON_DEFINE(qk_norm_rope_forward);
+  MEGALODON_DEFINE(qk_norm_rope_backward);
   MEGALODON_DEFINE(rms_norm_forward);
   MEGALODON_DEFINE(rms_norm_backward);
 

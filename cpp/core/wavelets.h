@@ -28,6 +28,27 @@ inline void store_wide(float* p, Double v) {
   std::memcpy(p, &half, sizeof half);
 }
 
+// The same for the first n elements (n may be more than there are lanes).
+template <class A>
+inline Double load_some(const A* p, int64_t n) {
+  if (n >= kDoubles) return load_wide(p);
+  A lanes[kDoubles] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load_wide(lanes);
+}
+template <class A>
+inline void store_some(A* p, Double v, int64_t n) {
+  if (n >= kDoubles) return store_wide(p, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<A>(v[i]);
+}
+
+// (im, re) for every pair (re, im).
+inline Double swap_pairs(Double v) {
+  VecI64 other;
+  for (int64_t i = 0; i < kDoubles; ++i) other[i] = i ^ 1;
+  return __builtin_shuffle(v, other);
+}
+
 // A pair of vectors `lanes` elements apart, from element i on.
 template <class A>
 inline Complex<Double> load_pair(const A* p, int64_t lanes, int64_t i) {

@@ -13,11 +13,13 @@
 //           float64 x); between blocks the state is float64 and what was carried in is advanced by q^T in float64, so
 //           that the rounding of q does not add up over L. Gradients of parameters: float32 sums over a block, float64
 //           over blocks and rows, in a fixed order.
+//           A forward pass of a few steps, as in decoding, runs over the wavelets of a channel instead (cema_short.h).
 // Limits    none on B, L, D; N >= 1. sigmoid(alpha) below 1e-20 counts as 1e-20 in the scan.
 #include "ops/cema.h"
 
 #include "core/rows.h"
 #include "ops/cema_scan.h"
+#include "ops/cema_short.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
@@ -129,6 +131,12 @@ void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t steps, T*
   for (int64_t t = 0; t < steps; ++t) store(rows + t * D, load(packed + t * W), lanes);
 }
 
+// Asks for such a block ahead of its use: its lines are a row apart, a stride the hardware does not foresee.
+template <class T>
+void prefetch(const T* rows, int64_t D, int64_t steps) {
+  for (int64_t t = 0; t < steps; ++t) __builtin_prefetch(rows + t * D, 0, 2);
+}
+
 // ---- forward ----
 
 template <class T>
@@ -141,6 +149,8 @@ void forward_block(const CemaForward& args, const Tables<stat_t<T>>& tables, int
   const int64_t offset = (b * args.L + t0) * args.D + d;
   const int64_t lanes = args.D - d;
   pack(static_cast<const T*>(args.x) + offset, args.D, lanes, steps, x);
+  if (lanes > W) prefetch(static_cast<const T*>(args.x) + offset + W, args.D, steps);
+  prefetch(static_cast<T*>(args.y) + offset, args.D, steps);
   const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, lanes);
   for (int64_t t = 0; t < steps; ++t) store(y + t * W, omega * load(x + t * W));
   for_wavelets<kGroup>(args.N, [&](auto group, int64_t n) {
@@ -216,7 +226,9 @@ void checkpoint_block(const CemaBackward& args, const Tables<stat_t<T>>& tables,
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
   alignas(64) A x[kSteps * W];
-  pack(static_cast<const T*>(args.x) + (b * args.L + block * kSteps) * args.D + d, args.D, args.D - d, steps, x);
+  const T* rows = static_cast<const T*>(args.x) + (b * args.L + block * kSteps) * args.D + d;
+  pack(rows, args.D, args.D - d, steps, x);
+  if (args.D - d > W) prefetch(rows + W, args.D, steps);
   for_wavelets<kGroup>(args.N, [&](auto group, int64_t n) {
     constexpr int G = group.value;
     double* H = scratch.H + (d * args.N + n * W) * 2;
@@ -243,6 +255,9 @@ void backward_block(const CemaBackward& args, const Tables<stat_t<T>>& tables, c
   const int64_t lanes = args.D - d;
   pack(static_cast<const T*>(args.x) + offset, args.D, lanes, steps, x);
   pack(static_cast<const T*>(args.dy) + offset, args.D, lanes, steps, dy);
+  if (lanes > W) prefetch(static_cast<const T*>(args.x) + offset + W, args.D, steps);
+  if (lanes > W) prefetch(static_cast<const T*>(args.dy) + offset + W, args.D, steps);
+  prefetch(static_cast<T*>(args.dx) + offset, args.D, steps);
   const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, lanes);
   Vec<A> domega = {};
   for (int64_t t = 0; t < steps; ++t) {
@@ -373,7 +388,10 @@ void backward(const CemaBackward& args) {
 }  // namespace
 
 void cema_forward(const CemaForward& args) {
-  visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return is_short(args) ? forward_short<T>(args) : forward<T>(args);
+  });
 }
 
 void cema_backward(const CemaBackward& args) {

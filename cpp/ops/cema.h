@@ -131,6 +131,7 @@ static inline void check_cema_parameters(Checker& c, Args& args, const Tensor& x
   const Dim D = x.dim(2, "D");
   const Tensor alpha = c.tensor("alpha", alpha_in, stat, {D, any("N")});
   const Dim N = alpha.dim(1, "N");
+  c.at_least("alpha.shape[1]", N.size, 1);
   args.alpha = alpha.data;
   args.delta = c.tensor("delta", delta_in, stat, {D, N}).data;
   args.theta = c.tensor("theta", theta_in, stat, {D}).data;

@@ -14,11 +14,12 @@ from typing import Any
 
 from megalodon_ops import _C, kernels, ops
 from megalodon_ops._library import registry
+from megalodon_ops._package import cmake_dir, include_dir
 from megalodon_ops.config import MegalodonConfig
 
 __version__ = _C.version()
 
-__all__ = ["MegalodonConfig", "kernels", "ops", "registry"]
+__all__ = ["MegalodonConfig", "cmake_dir", "include_dir", "kernels", "ops", "registry"]
 
 if os.environ.get("MEGALODON_ISA"):
     _C.set_isa(os.environ["MEGALODON_ISA"])
