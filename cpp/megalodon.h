@@ -90,6 +90,30 @@ MEGALODON_API void megalodon_set_parallel_for(megalodon_parallel_for engine);
 MEGALODON_API int megalodon_set_num_threads(int64_t count);
 MEGALODON_API int64_t megalodon_num_threads(void); /* of our own pool */
 
+/* cema_kernel: k_t = Re sum_n c_n q_n^t, the impulse response of cema without omega. Parameters as for cema, float32 or
+ * float64; k, dk (D, length). */
+MEGALODON_API int megalodon_cema_kernel_forward_outputs(const DLTensor* alpha, const DLTensor* delta,
+                                                        const DLTensor* theta, const DLTensor* gamma, int64_t length,
+                                                        megalodon_spec* outputs);
+MEGALODON_API int megalodon_cema_kernel_forward(const DLTensor* alpha, const DLTensor* delta, const DLTensor* theta,
+                                                const DLTensor* gamma, int64_t length, DLTensor* k,
+                                                DLTensor* workspace, void* stream);
+MEGALODON_API int megalodon_cema_kernel_backward_outputs(const DLTensor* dk, const DLTensor* alpha,
+                                                         const DLTensor* delta, const DLTensor* theta,
+                                                         const DLTensor* gamma, megalodon_spec* outputs);
+MEGALODON_API int megalodon_cema_kernel_backward(const DLTensor* dk, const DLTensor* alpha, const DLTensor* delta,
+                                                 const DLTensor* theta, const DLTensor* gamma, DLTensor* dalpha,
+                                                 DLTensor* ddelta, DLTensor* dtheta, DLTensor* dgamma,
+                                                 DLTensor* workspace, void* stream);
+
+/* fft_conv: y_t = sum over s <= t of k_s x_(t-s), a causal convolution per channel. x, y (B, L, D); k (D, L). */
+MEGALODON_API int megalodon_fft_conv_forward_outputs(const DLTensor* x, const DLTensor* k, megalodon_spec* outputs);
+MEGALODON_API int megalodon_fft_conv_forward(const DLTensor* x, const DLTensor* k, DLTensor* y, DLTensor* workspace,
+                                             void* stream);
+MEGALODON_API int megalodon_fft_conv_backward_outputs(const DLTensor* dy, const DLTensor* x, const DLTensor* k,
+                                                      megalodon_spec* outputs);
+MEGALODON_API int megalodon_fft_conv_backward(const DLTensor* dy, const DLTensor* x, const DLTensor* k, DLTensor* dx,
+                                              DLTensor* dk, DLTensor* workspace, void* stream);
 /* cema: h_t = a x_t + q h_(t-1), y_t = Re sum_n g h_t + omega x_t. x, y, dy, dx (B, L, D); alpha, delta (D, N);
  * theta, omega (D); gamma (D, N, 2); h0, h, dh, dh0 (B, D, N, 2), last axis (re, im). h0, dh, cu_seqlens optional.
  * algorithm: "auto", "scan" or "fft". */
