@@ -230,6 +230,35 @@ MEGALODON_API int megalodon_silu_mul_backward_outputs(const DLTensor* dy, const 
                                                       megalodon_spec* outputs);
 MEGALODON_API int megalodon_silu_mul_backward(const DLTensor* dy, const DLTensor* a, const DLTensor* b, DLTensor* da,
                                               DLTensor* db, void* stream);
+/* timestep_norm: every group of D / num_groups channels normalised by its mean and variance over all time steps so far,
+ * which is also a state that streams: ops/timestep_norm.h. x, y (B, L, D); weight, bias (D); count (B); mean, var (B,
+ * G), given all three or none; padding_mask (B, L), true = padded; step_mean, step_rstd (B, L, G). */
+MEGALODON_API int megalodon_timestep_norm_forward_outputs(const DLTensor* x, const DLTensor* weight,
+                                                          const DLTensor* bias, int64_t num_groups, double eps,
+                                                          const DLTensor* count, const DLTensor* mean,
+                                                          const DLTensor* var, const DLTensor* padding_mask,
+                                                          const DLTensor* cu_seqlens, megalodon_spec* outputs);
+MEGALODON_API int megalodon_timestep_norm_forward(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                                  int64_t num_groups, double eps, const DLTensor* count,
+                                                  const DLTensor* mean, const DLTensor* var,
+                                                  const DLTensor* padding_mask, const DLTensor* cu_seqlens, DLTensor* y,
+                                                  DLTensor* last_count, DLTensor* last_mean, DLTensor* last_var,
+                                                  DLTensor* step_mean, DLTensor* step_rstd, void* stream);
+MEGALODON_API int megalodon_timestep_norm_backward_outputs(const DLTensor* dy, const DLTensor* dmean,
+                                                           const DLTensor* dvar, const DLTensor* x,
+                                                           const DLTensor* weight, const DLTensor* count,
+                                                           const DLTensor* mean, const DLTensor* var,
+                                                           const DLTensor* padding_mask, const DLTensor* cu_seqlens,
+                                                           const DLTensor* step_mean, const DLTensor* step_rstd,
+                                                           int64_t num_groups, double eps, megalodon_spec* outputs);
+MEGALODON_API int megalodon_timestep_norm_backward(const DLTensor* dy, const DLTensor* dmean, const DLTensor* dvar,
+                                                   const DLTensor* x, const DLTensor* weight, const DLTensor* count,
+                                                   const DLTensor* mean, const DLTensor* var,
+                                                   const DLTensor* padding_mask, const DLTensor* cu_seqlens,
+                                                   const DLTensor* step_mean, const DLTensor* step_rstd,
+                                                   int64_t num_groups, double eps, DLTensor* dx, DLTensor* dweight,
+                                                   DLTensor* dbias, DLTensor* dmean0, DLTensor* dvar0,
+                                                   DLTensor* workspace, void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -159,6 +159,8 @@ PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(rms_norm_backward);
   MEGALODON_DEFINE(silu_mul_forward);
   MEGALODON_DEFINE(silu_mul_backward);
+  MEGALODON_DEFINE(timestep_norm_forward);
+  MEGALODON_DEFINE(timestep_norm_backward);
 
   module.def("version", [] { return megalodon_version(); });
   module.def("isa", [] { return megalodon_isa(); });
