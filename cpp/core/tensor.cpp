@@ -245,6 +245,15 @@ void Checker::positive(const char* name, double value) const {
   fail(MEGALODON_VALUE_ERROR, name, "positive and finite", text);
 }
 
+void Checker::not_negative(const char* name, const int64_t* values, int64_t count) const {
+  if (values == nullptr || device_.device_type != kDLCPU) return;
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] >= 0) continue;
+    fail(MEGALODON_VALUE_ERROR, name, "at least 0 everywhere",
+         std::to_string(values[i]) + " at [" + std::to_string(i) + "]");
+  }
+}
+
 void Checker::no_cu_seqlens(const DLTensor* cu_seqlens) const {
   if (cu_seqlens == nullptr) return;
   not_implemented("cu_seqlens on " + device_text(cu_seqlens->device));

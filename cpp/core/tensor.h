@@ -77,6 +77,8 @@ class Checker {
   }
   void at_least(const char* name, int64_t value, int64_t least) const;
   void positive(const char* name, double value) const;  // and finite
+  // The elements of an int64 tensor, which are data: read on the CPU alone. nullptr is right.
+  void not_negative(const char* name, const int64_t* values, int64_t count) const;
   // Throws NotImplementedError if the optional cu_seqlens is given.
   void no_cu_seqlens(const DLTensor* cu_seqlens) const;
 
