@@ -1,0 +1,81 @@
+"""One thread unless asked otherwise, and the table at the end."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import lines, rows
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--threads", type=int, default=1, help="torch threads of the benches")
+    parser.addoption("--save", metavar="NAME", help="write the table to bench/results/NAME.json")
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.config.getoption("--threads"))
+    yield
+    torch.set_num_threads(before)
+
+
+def device_name() -> str:
+    """The CPU's model, as the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        return platform.processor()
+    return platform.processor()
+
+
+def _commit() -> str:
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    write = terminalreporter.write_line
+    for line in ["", *lines] if lines else []:
+        write(line)
+    if not rows:
+        return
+    write("")
+    write(
+        f"{'op':22}{'shape':20}{'dtype':10}{'pass':18}{'ours ms':>10}{'floor':>7}"
+        f"{'% floor':>9}{'best peer':>16}{'ratio':>8}{'A/A':>6}{'error':>10}"
+    )
+    for r in rows:
+        ratio = "" if r.peer_ratio is None else f"{r.peer_ratio:.1f}x"
+        write(
+            f"{r.op:22}{r.shape:20}{r.dtype:10}{r.direction:18}{r.ours_ms:10.3f}{r.floor:>7}"
+            f"{100 * r.floor_ratio:8.0f}%{r.peer:>16}{ratio:>8}{r.noise:6.2f}{r.error:10.1e}"
+        )
+    name = config.getoption("--save")
+    if name:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{name}.json"
+        document = {
+            "device": device_name(),
+            "cores": os.cpu_count(),
+            "date": datetime.date.today().isoformat(),
+            "commit": _commit(),
+            "torch": torch.__version__,
+            "rows": [r.as_dict() for r in rows],
+        }
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        write(f"wrote {path}")

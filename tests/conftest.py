@@ -1,0 +1,34 @@
+"""Fixtures that every test file shares."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from checks import available_isas
+from hypothesis import HealthCheck, settings
+
+from megalodon_ops import _C
+
+settings.register_profile(
+    "default",
+    max_examples=int(os.environ.get("MEGALODON_EXAMPLES", "15")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set of this machine."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
