@@ -93,7 +93,7 @@ class ForwardTile {
     for (int64_t g = 0; g < groups_.groups; g += W) {
       const Vecs<A, 1> sums =
           groups_.template sum<1>(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
-            const Vec<A> d = first_lanes<A>(load(x + i, n) - spread<A, P, decltype(j)::value>(mean_ + g), n);
+            const Vec<A> d = first_lanes(load(x + i, n) - spread<A, P, decltype(j)::value>(mean_ + g), n);
             return Vecs<A, 1>{d * d};
           });
       store(rstd_ + g, sums.v[0] / size);
@@ -105,13 +105,17 @@ class ForwardTile {
     const double n = static_cast<double>(n_++);
     const double c1 = n / (n + 1.0);
     const double c2 = 1.0 / (n + 1.0);
+    const bool first = n == 0;  // then M and V have no weight, whatever they are
     for (int64_t g = 0; g < end; ++g) {
       const double mu = mean_[g];
+      const double s = rstd_[g];
       const double d = mu - M_[g];
-      M_[g] = c1 * M_[g] + c2 * mu;
-      V_[g] = c1 * V_[g] + c2 * (rstd_[g] + c1 * (d * d));
-      mean_[g] = static_cast<A>(M_[g]);
-      rstd_[g] = static_cast<A>(V_[g] + args_.eps);
+      const double M = first ? mu : M_[g] + c2 * d;
+      const double V = first ? s : V_[g] + c2 * (s - V_[g] + c1 * (d * d));
+      M_[g] = M;
+      V_[g] = V;
+      mean_[g] = static_cast<A>(M);
+      rstd_[g] = static_cast<A>(V + args_.eps);
     }
     for (int64_t g = 0; g < end; g += W) store(rstd_ + g, A(1) / sqrt(load(rstd_ + g)));
   }
@@ -154,7 +158,7 @@ template <class T, int P>
 class BackwardTile {
   using A = stat_t<T>;
   static constexpr int W = kLanes<A>;
-  static constexpr int kSteps = 8;   // taken together, and in memory order: x, dy and dx of them fit in L2
+  static constexpr int kSteps = 8;  // taken together, and in memory order: x, dy and dx of them fit in L2
   static constexpr int kFlush = ParameterSums<A>::kRows / kSteps;  // turns
 
  public:
@@ -234,7 +238,7 @@ class BackwardTile {
               prefetch(dx_[k] + i);
               const Vec<A> dy = load(dy_[k] + i, n);
               const Vec<A> u = dy * load(weight + i, n) + dy;
-              const Vec<A> d = first_lanes<A>(load(x_[k] + i, n) - spread<A, P, decltype(j)::value>(mean), n);
+              const Vec<A> d = first_lanes(load(x_[k] + i, n) - spread<A, P, decltype(j)::value>(mean), n);
               return Vecs<A, 3>{u, u * d, d};
             });
         store(shift_[k] + g, sums.v[0]);

@@ -30,7 +30,8 @@ struct TimestepNormTiles {
   int64_t groups;                             // of a tile, but for the last
   int64_t tiles;
 
-  static constexpr TimestepNormTiles of(int64_t B, int64_t G, int64_t K) {
+  // Always inlined: not to be shared between instruction sets (core/isa.h).
+  __attribute__((always_inline)) static constexpr TimestepNormTiles of(int64_t B, int64_t G, int64_t K) {
     int64_t channels = kChannels;
     while (B == 1 && channels > kNarrowest && channels >= G * K) channels /= 2;
     int64_t groups = K < 1 ? kMaxGroups : channels / K;
