@@ -2,16 +2,20 @@
 
 from megalodon_ops.ops import (
     cema,
+    cema_kernel,
     chunk_attention,
     chunk_attention_step,
+    fft_conv,
     qk_norm_rope,
     rms_norm,
 )
 
 __all__ = [
     "cema",
+    "cema_kernel",
     "chunk_attention",
     "chunk_attention_step",
+    "fft_conv",
     "qk_norm_rope",
     "rms_norm",
 ]
