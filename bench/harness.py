@@ -1,4 +1,5 @@
-"""How the benches measure: verify first, then interleave, and compare with what the machine can do now.
+"""How the benches measure: verify first, then interleave, and compare with what the machine can do
+now.
 
 Absolute times lie on a shared machine. Each row therefore times ours, the floor (a clone of as many
 bytes as the op has to move, or as many FMAs as it has to do) and the peers in turn, round by round,
@@ -57,7 +58,7 @@ def _time(call: Callable[[], Any], repeats: int) -> float:
 def interleave(
     candidates: dict[str, Callable[[], Any]], rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
-    """Milliseconds per call of every candidate, one entry per round; each round runs all in turn."""
+    """Milliseconds per call, one entry per round; every round runs all candidates in turn."""
     repeats = {}
     for name, call in candidates.items():
         call()

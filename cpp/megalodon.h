@@ -90,6 +90,29 @@ MEGALODON_API void megalodon_set_parallel_for(megalodon_parallel_for engine);
 MEGALODON_API int megalodon_set_num_threads(int64_t count);
 MEGALODON_API int64_t megalodon_num_threads(void); /* of our own pool */
 
+/* cema: h_t = a x_t + q h_(t-1), y_t = Re sum_n g h_t + omega x_t. x, y, dy, dx (B, L, D); alpha, delta (D, N);
+ * theta, omega (D); gamma (D, N, 2); h0, h, dh, dh0 (B, D, N, 2), last axis (re, im). h0, dh, cu_seqlens optional.
+ * algorithm: "auto", "scan" or "fft". */
+MEGALODON_API int megalodon_cema_forward_outputs(const DLTensor* x, const DLTensor* alpha, const DLTensor* delta,
+                                                 const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
+                                                 const DLTensor* h0, const DLTensor* cu_seqlens, const char* algorithm,
+                                                 megalodon_spec* outputs);
+MEGALODON_API int megalodon_cema_forward(const DLTensor* x, const DLTensor* alpha, const DLTensor* delta,
+                                         const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
+                                         const DLTensor* h0, const DLTensor* cu_seqlens, const char* algorithm,
+                                         DLTensor* y, DLTensor* h, DLTensor* workspace, void* stream);
+MEGALODON_API int megalodon_cema_backward_outputs(const DLTensor* dy, const DLTensor* dh, const DLTensor* x,
+                                                  const DLTensor* alpha, const DLTensor* delta, const DLTensor* theta,
+                                                  const DLTensor* gamma, const DLTensor* omega, const DLTensor* h0,
+                                                  const DLTensor* cu_seqlens, const char* algorithm,
+                                                  megalodon_spec* outputs);
+MEGALODON_API int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh, const DLTensor* x,
+                                          const DLTensor* alpha, const DLTensor* delta, const DLTensor* theta,
+                                          const DLTensor* gamma, const DLTensor* omega, const DLTensor* h0,
+                                          const DLTensor* cu_seqlens, const char* algorithm, DLTensor* dx,
+                                          DLTensor* dalpha, DLTensor* ddelta, DLTensor* dtheta, DLTensor* dgamma,
+                                          DLTensor* domega, DLTensor* dh0, DLTensor* workspace, void* stream);
+
 /* chunk_attention: causal softmax attention inside chunks of chunk_size tokens, nothing across chunks; scores unscaled.
  * q, k (B, L, H, S); v, o (B, L, H, E); lse (B, H, L). Token 0 of row b stands at position[b]; the tokens of its chunk
  * that came before are k_cache (B, C, H, S), v_cache (B, C, H, E), [:, :position % C]; the three all or none. DropKey

@@ -150,7 +150,9 @@ GUARD = 64
 
 
 def guarded(like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An array full of NaN (or of the largest number) between two guard zones, and its whole memory."""
+    """An array full of NaN (or of the largest number) between two guard zones, and its whole
+    memory.
+    """
     memory = np.zeros(like.size + 2 * GUARD, dtype=like.dtype)
     memory[:] = np.nan if like.dtype.kind == "f" else np.iinfo(like.dtype).max
     return memory[GUARD : GUARD + like.size].reshape(like.shape), memory
@@ -214,7 +216,7 @@ def test_isa_can_be_forced_and_is_validated() -> None:
     try:
         _C.set_isa("portable")
         assert _C.isa() == "portable"
-        with pytest.raises(ValueError, match="set_isa: name must be .*; got sse9"):
+        with pytest.raises(ValueError, match=r"set_isa: name must be .*; got sse9"):
             _C.set_isa("sse9")
     finally:
         _C.set_isa(before)

@@ -29,6 +29,11 @@ void throw_unless_ok(int status) {
   if (status != MEGALODON_OK) throw_last_error(status);
 }
 
+[[noreturn]] void throw_wrong_scalar(py::handle object, const char* wanted) {
+  PyErr_Clear();
+  throw py::type_error(std::string("expected ") + wanted + "; got " + std::string(py::str(py::repr(object))));
+}
+
 // How one C argument is read from Python.
 template <class T>
 struct Argument {
@@ -36,14 +41,14 @@ struct Argument {
   void read(py::handle object) {
     if constexpr (std::is_same_v<T, int64_t>) {
       value = PyLong_AsLongLong(object.ptr());
-      if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+      if (value == -1 && PyErr_Occurred()) throw_wrong_scalar(object, "an int of at most 64 bits");
     } else if constexpr (std::is_same_v<T, double>) {
       value = PyFloat_AsDouble(object.ptr());
-      if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+      if (value == -1.0 && PyErr_Occurred()) throw_wrong_scalar(object, "a number");
     } else {
       static_assert(std::is_same_v<T, const char*>);
-      value = PyUnicode_AsUTF8(object.ptr());
-      if (value == nullptr) throw py::error_already_set();
+      value = PyUnicode_Check(object.ptr()) ? PyUnicode_AsUTF8(object.ptr()) : nullptr;
+      if (value == nullptr) throw_wrong_scalar(object, "a string");
     }
   }
   T get() { return value; }
@@ -137,6 +142,8 @@ void define(py::module_& module, const char* name, Specs specs_of, Run run) {
 #define MEGALODON_DEFINE(name) define(module, #name, megalodon_##name##_outputs, megalodon_##name)
 
 PYBIND11_MODULE(_C, module) {
+  MEGALODON_DEFINE(cema_forward);
+  MEGALODON_DEFINE(cema_backward);
   MEGALODON_DEFINE(chunk_attention_forward);
   MEGALODON_DEFINE(chunk_attention_backward);
   MEGALODON_DEFINE(chunk_attention_step_forward);

@@ -4,8 +4,10 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -21,7 +23,11 @@ thread_local bool inside_task = false;
 class Pool {
  public:
   explicit Pool(int64_t threads) {
-    for (int64_t i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    try {
+      for (int64_t i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+      // The system gives no more threads; those there are will do.
+    }
   }
 
   ~Pool() {
@@ -102,11 +108,13 @@ class Pool {
 
 std::atomic<megalodon_parallel_for> engine{nullptr};
 std::mutex pool_mutex;
-Pool* pool = nullptr;
-int64_t wanted_threads = 0;  // 0: one per core
+// Shared with the calls it serves, so that it can be replaced while they run.
+// Never destroyed: a call may outlive exit().
+std::shared_ptr<Pool>& pool = *new std::shared_ptr<Pool>;
+std::atomic<int64_t> wanted_threads{0};  // 0: one per core
 
 int64_t thread_count() {
-  if (wanted_threads > 0) return wanted_threads;
+  if (const int64_t wanted = wanted_threads.load(); wanted > 0) return wanted;
   const unsigned cores = std::thread::hardware_concurrency();
   return cores == 0 ? 1 : cores;
 }
@@ -114,17 +122,17 @@ int64_t thread_count() {
 // A forked child has none of the parent's threads: it starts with a new pool (the old one's memory is left alone).
 void forget_pool_in_child() {
   new (&pool_mutex) std::mutex;
-  pool = nullptr;
+  new (&pool) std::shared_ptr<Pool>;
 }
 
-Pool& current_pool() {
+std::shared_ptr<Pool> current_pool() {
   std::lock_guard<std::mutex> lock(pool_mutex);
   if (pool == nullptr) {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
     (void)registered;
-    pool = new Pool(thread_count());
+    pool = std::make_shared<Pool>(thread_count());
   }
-  return *pool;
+  return pool;
 }
 
 }  // namespace
@@ -136,7 +144,7 @@ void run_parallel(int64_t count, int64_t grain, Task task, void* context) {
     external(0, count, grain, task, context);
     return;
   }
-  current_pool().run(count, grain, task, context);
+  current_pool()->run(count, grain, task, context);
 }
 
 }  // namespace megalodon
@@ -149,10 +157,10 @@ extern "C" int megalodon_set_num_threads(int64_t count) {
     if (count < 1 || count > 4096) {
       throw Error{MEGALODON_VALUE_ERROR, "set_num_threads: count must be 1 to 4096; got " + std::to_string(count)};
     }
+    std::shared_ptr<Pool> old;  // ends, where it is the last to hold it, after the lock is given back
     std::lock_guard<std::mutex> lock(pool_mutex);
     wanted_threads = count;
-    delete pool;
-    pool = nullptr;
+    old.swap(pool);
   });
 }
 

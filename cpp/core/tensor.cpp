@@ -114,6 +114,10 @@ void Checker::not_implemented(const std::string& what) const {
 
 Tensor Checker::view(const char* name, const DLTensor* tensor) {
   if (tensor == nullptr) fail(MEGALODON_TYPE_ERROR, name, "a tensor", "none");
+  if (tensor->ndim > MEGALODON_MAX_NDIM) {
+    fail(MEGALODON_VALUE_ERROR, name, "of at most " + std::to_string(MEGALODON_MAX_NDIM) + " dimensions",
+         std::to_string(tensor->ndim));
+  }
   Tensor out;
   out.name = name;
   out.ndim = tensor->ndim;

@@ -1,9 +1,9 @@
-"""Kernels for the Megalodon architecture (arXiv 2404.08801), as PyTorch ops and for any DLPack array.
+"""Kernels for the Megalodon architecture (arXiv 2404.08801), as PyTorch ops and for DLPack arrays.
 
 ``torch.ops.megalodon.*``, the friendly functions and the model are there where torch is installed;
-``megalodon_ops.kernels.*`` runs the same kernels on NumPy and other arrays, without torch. The environment variable
-``MEGALODON_TORCH=0`` leaves torch alone even where it is installed; ``MEGALODON_ISA`` forces an instruction set
-(portable, avx2 or avx512).
+``megalodon_ops.kernels.*`` runs the same kernels on NumPy and other arrays, without torch. The
+environment variable ``MEGALODON_TORCH=0`` leaves torch alone even where it is installed;
+``MEGALODON_ISA`` forces an instruction set (portable, avx2 or avx512).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 from megalodon_ops import _C, kernels, ops
 from megalodon_ops._library import registry
+from megalodon_ops._package import cmake_dir, include_dir
+from megalodon_ops.config import MegalodonConfig
 
 __version__ = _C.version()
 
-__all__ = ["kernels", "ops", "registry"]
+__all__ = ["MegalodonConfig", "cmake_dir", "include_dir", "kernels", "ops", "registry"]
 
 if os.environ.get("MEGALODON_ISA"):
     _C.set_isa(os.environ["MEGALODON_ISA"])
@@ -33,8 +35,10 @@ if HAS_TORCH:
 
     from megalodon_ops.functional import *  # noqa: F403
     from megalodon_ops.functional import __all__ as _functional_names
+    from megalodon_ops.model import Megalodon
+    from megalodon_ops.state import MegalodonState
 
-    __all__ += _functional_names
+    __all__ += ["Megalodon", "MegalodonState", *_functional_names]
 else:
 
     def __getattr__(name: str) -> Any:

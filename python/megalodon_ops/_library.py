@@ -1,8 +1,9 @@
 """The registry of ops, and their registration with ``torch.library``.
 
-An :class:`Op` holds everything about one op: schema, fake, autograd formula, reference, sample inputs, cost. Tests,
-benches, ``megalodon info`` and the op table of the README are generated from :data:`registry`. Importing this module
-does not import torch; :func:`register_with_torch` does the joining once torch is there.
+An :class:`Op` holds everything about one op: schema, fake, autograd formula, reference, sample
+inputs, cost. Tests, benches, ``megalodon info`` and the op table of the README are generated from
+:data:`registry`. Importing this module does not import torch; :func:`register_with_torch` does the
+joining once torch is there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ REQUIRED: Any = object()
 
 
 class Cost(NamedTuple):
-    """The least a call has to move and to compute: bytes read and written once, FLOPs (an FMA is two)."""
+    """The least a call has to move and to compute: bytes read and written once, FLOPs (an FMA is
+    two).
+    """
 
     bytes: int
     flops: int
@@ -89,9 +92,9 @@ class Maker:
 class Op:
     """One op. Schemas leave out the name: ``(Tensor x, float eps=1e-05) -> Tensor y``.
 
-    ``setup_context`` and ``gradients`` are those of ``torch.autograd.Function``; an op without ``backward_schema`` is for
-    inference. ``samples`` covers every pattern of optional arguments; ``tolerance`` multiplies the tests' bounds and is
-    1 unless a comment says why.
+    ``setup_context`` and ``gradients`` are those of ``torch.autograd.Function``; an op without
+    ``backward_schema`` is for inference. ``samples`` covers every pattern of optional arguments;
+    ``tolerance`` multiplies the tests' bounds and is 1 unless a comment says why.
     """
 
     name: str
@@ -184,7 +187,7 @@ registry = Registry()
 
 
 def _with_defaults(arguments: tuple[Argument, ...], call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` for a dispatcher that leaves out trailing arguments that have their default value."""
+    """``call`` for a dispatcher that leaves out trailing arguments at their default."""
     count = len(arguments)
     defaults = tuple(argument.default for argument in arguments)
 
@@ -198,7 +201,9 @@ _library: torch.library.Library | None = None
 
 
 def register_with_torch() -> None:
-    """Defines every op of the registry as ``torch.ops.megalodon.{name}``, with its backward. Idempotent."""
+    """Defines every op of the registry as ``torch.ops.megalodon.{name}``, with its backward.
+    Idempotent.
+    """
     global _library
     if _library is not None:
         return
@@ -248,13 +253,13 @@ def _needs_grad(args: tuple[Any, ...]) -> bool:
 
 
 def _differentiable(op: Op) -> Callable[..., Any]:
-    """The Autograd kernel: records the op's formula where a gradient is wanted, else calls the op."""
+    """The Autograd kernel: records the op's formula where a gradient is wanted."""
     import torch
 
     assert op.setup_context is not None
     assert op.gradients is not None
     call = _below_autograd(op.name)
-    function = type(
+    function: Any = type(
         op.name,
         (torch.autograd.Function,),
         {
@@ -281,7 +286,7 @@ def _once_differentiable(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"{name}: second derivatives are not implemented")
 
-    function = type(
+    function: Any = type(
         name,
         (torch.autograd.Function,),
         {
@@ -300,7 +305,7 @@ def _once_differentiable(name: str) -> Callable[..., Any]:
 
 
 def _inference_only(op: Op) -> Callable[..., Any]:
-    """The Autograd kernel of an op without a gradient; tells autograd which inputs were written to."""
+    """The Autograd kernel of an op without a gradient; tells autograd what was written to."""
     import torch
 
     call = _below_autograd(op.name)

@@ -1,4 +1,6 @@
-"""The shapes and dtypes that fakes have in common. Nothing is checked here: kernels check, fakes infer."""
+"""The shapes and dtypes that fakes have in common. Nothing is checked here: kernels check, fakes
+infer.
+"""
 
 from __future__ import annotations
 

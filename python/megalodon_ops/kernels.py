@@ -1,8 +1,10 @@
-"""The kernels as plain functions on arrays: NumPy, CuPy, torch or anything with ``__dlpack__``. No torch needed.
+"""The kernels as plain functions on arrays: NumPy, CuPy, torch or anything with ``__dlpack__``. No
+torch needed.
 
-One function per kernel, ``{op}`` and ``{op}_backward``, with the arguments of the op's schema and ``out``, a tuple of
-arrays to write to (one array where there is one output). Without ``out`` the outputs are allocated by the library the
-first array came from. There is no autograd here, and the same errors as everywhere.
+One function per kernel, ``{op}`` and ``{op}_backward``, with the arguments of the op's schema and
+``out``, a tuple of arrays to write to (one array where there is one output). Without ``out`` the
+outputs are allocated by the library the first array came from. There is no autograd here, and the
+same errors as everywhere.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The ops: one module per op, each of which adds itself to the registry when imported."""
 
-from megalodon_ops.ops import chunk_attention, chunk_attention_step, qk_norm_rope, rms_norm
+from megalodon_ops.ops import cema, chunk_attention, chunk_attention_step, qk_norm_rope, rms_norm
 
-__all__ = ["chunk_attention", "chunk_attention_step", "qk_norm_rope", "rms_norm"]
+__all__ = ["cema", "chunk_attention", "chunk_attention_step", "qk_norm_rope", "rms_norm"]

@@ -1,0 +1,73 @@
+# The commands of a source checkout. Each does its own set-up: only Python 3.10+ (with venv), g++ and make are needed.
+#
+#   make test ARGS="tests/test_rms_norm.py -x"      MEGALODON_GOLDEN=/folder/of/golden/data make test
+#
+# torch comes from whatever index pip is set up for; where that is not the CPU build's, PIP_EXTRA_INDEX_URL adds it.
+
+PYTHON ?= python3
+VENV ?= .venv
+MINUTES ?= 3
+RUN ?= runs/demo
+ARGS ?=
+OP ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
+# Folders too: a file that comes or goes changes its folder's time.
+SOURCES := CMakeLists.txt $(wildcard cpp cpp/* cpp/*/*.h cpp/*/*.cpp cuda cuda/* cuda/*/*.cu cuda/*/*.cuh)
+FORMATTED = $$(git ls-files 'cpp/*.h' 'cpp/*.cpp' 'cuda/*.cu' 'cuda/*.cuh' 'tests/*.c')
+
+# cmake and ninja of the environment before any others; no build isolation, so that build/ stays valid.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help setup demo test bench lint format docs clean
+.DEFAULT_GOAL := help
+
+help:  ## This list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(VENV)/.built  ## Make .venv and install the package and the development tools into it (others do it too)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One call of pip per stamp: the requirements when pyproject.toml has changed, the kernels when their sources have.
+$(VENV)/.required: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet $(BUILD_TOOLS)
+	$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.required $(SOURCES)
+	@if [ -e $@ ]; then echo 'rebuilding the kernels'; \
+	  $(PIP) install --quiet --no-build-isolation --no-deps --editable .; fi
+	@touch $@
+
+demo: setup  ## Train for three minutes on Python's standard library, compare with gzip and xz, generate
+	$(BIN)/megalodon train --minutes $(MINUTES) --out $(RUN) --overwrite
+	$(BIN)/megalodon eval --checkpoint $(RUN) --max-bytes 262144
+	$(BIN)/megalodon generate --checkpoint $(RUN) --prompt 'def ' --max-new-tokens 400 --seed 0 --timing
+
+test: setup  ## Run the tests (ARGS= goes to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup  ## Time every op, or OP=name, against what the machine can do and against torch
+	$(BIN)/megalodon bench $(OP)
+
+lint: setup  ## Check style and types: ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/mypy
+
+format: setup  ## Format Python and C++ in place
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+docs: setup  ## Renew the op table of the README from the registry
+	$(BIN)/python -m megalodon_ops._table README.md
+
+clean:  ## Remove .venv and everything built (runs/ stays)
+	rm -rf $(VENV) build build-* python/megalodon_ops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,448 @@
+// cema on the CPU, by the recurrence ("scan").
+//
+// Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h); equation
+// (2)
+//           of arXiv 2404.08801 as the released code has it.
+// Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
+// Mapping   a task is a part of the batch and a range of columns (16 channels, one or more vectors). It walks time in
+//           blocks, and in each block all its columns, so that memory is read in order; a block's x and y lie packed in
+//           L1 while groups of wavelets, whole in registers, run over them. The backward pass keeps the state at every
+//           block's start, then goes through the blocks from the last, recomputing a group's states into L1.
+// Traffic   forward 2 elements moved and 6 N FMA per element; backward 5 elements and 22 N FMA: compute-bound.
+// Numerics  coefficients from the raw parameters in float64. Inside a block the scan's type (float32, or float64 for
+//           float64 x); between blocks the state is float64 and what was carried in is advanced by q^T in float64, so
+//           that the rounding of q does not add up over L. Gradients of parameters: float32 sums over a block, float64
+//           over blocks and rows, in a fixed order.
+// Limits    none on B, L, D; N >= 1. sigmoid(alpha) below 1e-20 counts as 1e-20 in the scan.
+#include "ops/cema.h"
+
+#include "core/rows.h"
+#include "ops/cema_scan.h"
+
+namespace megalodon::cpu::MEGALODON_ISA {
+namespace {
+
+// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the batch.
+template <class Body>
+void for_columns(const CemaShape& shape, int64_t begin, int64_t end, Body&& body) {
+  const int64_t columns = shape.columns();
+  while (begin < end) {
+    const int64_t part = begin / columns;
+    const int64_t first = begin - part * columns;
+    const int64_t last = first + (end - begin) < columns ? first + (end - begin) : columns;
+    body(part, first, last);
+    begin += last - first;
+  }
+}
+
+// Calls body(d) for the first channel of every vector of channels of the columns [first, last).
+template <class A, class Body>
+void for_vectors(const CemaShape& shape, int64_t first, int64_t last, Body&& body) {
+  const int64_t end = last * kColumn < shape.D ? last * kColumn : shape.D;
+  for (int64_t d = first * kColumn; d < end; d += kLanes<A>) body(d);
+}
+
+// Calls body(constant G, n) for the wavelets in groups of at most kMost.
+template <int kMost, class Body>
+void for_wavelets(int64_t N, Body&& body) {
+  int64_t n = 0;
+  for (; n + kMost <= N; n += kMost) body(std::integral_constant<int, kMost>{}, n);
+  if constexpr (kMost > 3) {
+    if (N - n == 3) return body(std::integral_constant<int, 3>{}, n);
+  }
+  if constexpr (kMost > 2) {
+    if (N - n == 2) return body(std::integral_constant<int, 2>{}, n);
+  }
+  if (N - n == 1) body(std::integral_constant<int, 1>{}, n);
+}
+
+// The tables of all channels, in the workspace.
+template <class A>
+struct Tables {
+  A* narrow;
+  double* wide;
+  int64_t N;
+
+  // Takes its room from the workspace and gives what follows.
+  double* place(void* workspace, const CemaShape& shape) {
+    N = shape.N;
+    wide = static_cast<double*>(workspace);
+    narrow = reinterpret_cast<A*>(wide + shape.wavelets() * kWide<A>);
+    return reinterpret_cast<double*>(narrow + shape.wavelets() * kNarrow);
+  }
+  // Of the vector of channels from d on, wavelet n.
+  A* narrow_of(int64_t d, int64_t n) const { return narrow + (d * N + n * kLanes<A>)*kNarrow; }
+  double* wide_of(int64_t d, int64_t n) const { return wide + (d * N + n * kLanes<A>)*kWide<A>; }
+
+  template <class Args>
+  void make(const Args& args, bool unscaled, int64_t steps) const {
+    const Parameters<A> parameters = Parameters<A>::of(args);
+    parallel_for(args.columns(), 1 + 256 / (kColumn * N), [&](int64_t begin, int64_t end) {
+      for_vectors<A>(args, begin, end,
+                     [&](int64_t d) { make_tables(parameters, d, unscaled, steps, narrow_of(d, 0), wide_of(d, 0)); });
+    });
+  }
+};
+
+// The running state of a vector of channels from or to a tensor [D, N, 2] (of one row of the batch), times or divided
+// by a. nullptr reads as zeros.
+template <class A>
+void read_state(const A* tensor, const Tables<A>& tables, const CemaShape& shape, int64_t d, bool divide, double* H) {
+  constexpr int64_t W = kLanes<A>;
+  const int64_t lanes = shape.D - d < W ? shape.D - d : W;
+  std::memset(H, 0, shape.N * 2 * W * sizeof(double));
+  if (tensor == nullptr) return;
+  for (int64_t l = 0; l < lanes; ++l) {
+    const A* from = tensor + (d + l) * shape.N * 2;
+    for (int64_t n = 0; n < shape.N; ++n) {
+      const double a = divide ? tables.wide_of(d, n)[kA * W + l] : 1.0;
+      H[2 * n * W + l] = static_cast<double>(from[2 * n]) / a;
+      H[(2 * n + 1) * W + l] = static_cast<double>(from[2 * n + 1]) / a;
+    }
+  }
+}
+
+template <class A>
+void write_state(A* tensor, const Tables<A>& tables, const CemaShape& shape, int64_t d, bool multiply,
+                 const double* H) {
+  constexpr int64_t W = kLanes<A>;
+  const int64_t lanes = shape.D - d < W ? shape.D - d : W;
+  for (int64_t l = 0; l < lanes; ++l) {
+    A* to = tensor + (d + l) * shape.N * 2;
+    for (int64_t n = 0; n < shape.N; ++n) {
+      const double a = multiply ? tables.wide_of(d, n)[kA * W + l] : 1.0;
+      to[2 * n] = static_cast<A>(H[2 * n * W + l] * a);
+      to[2 * n + 1] = static_cast<A>(H[(2 * n + 1) * W + l] * a);
+    }
+  }
+}
+
+// A time block of one vector of channels: element (t, l) at rows + t * D + l <-> packed[t * W + l].
+template <class T>
+void pack(const T* rows, int64_t D, int64_t lanes, int64_t steps, stat_t<T>* packed) {
+  constexpr int64_t W = kLanes<stat_t<T>>;
+  for (int64_t t = 0; t < steps; ++t) store(packed + t * W, load(rows + t * D, lanes));
+}
+template <class T>
+void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t steps, T* rows) {
+  constexpr int64_t W = kLanes<stat_t<T>>;
+  for (int64_t t = 0; t < steps; ++t) store(rows + t * D, load(packed + t * W), lanes);
+}
+
+// Asks for such a block ahead of its use: its lines are a row apart, a stride the hardware does not foresee.
+template <class T>
+void prefetch(const T* rows, int64_t D, int64_t steps) {
+  for (int64_t t = 0; t < steps; ++t) __builtin_prefetch(rows + t * D, 0, 2);
+}
+
+// ---- forward ----
+
+template <class T>
+void forward_block(const CemaForward& args, const Tables<stat_t<T>>& tables, int64_t b, int64_t t0, int64_t steps,
+                   int64_t d, double* H) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  alignas(64) A x[CemaShape::kForward * W];
+  alignas(64) A y[CemaShape::kForward * W];
+  const int64_t offset = (b * args.L + t0) * args.D + d;
+  const int64_t lanes = args.D - d;
+  pack(static_cast<const T*>(args.x) + offset, args.D, lanes, steps, x);
+  if (lanes > W) prefetch(static_cast<const T*>(args.x) + offset + W, args.D, steps);
+  prefetch(static_cast<T*>(args.y) + offset, args.D, steps);
+  const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, lanes);
+  for (int64_t t = 0; t < steps; ++t) store(y + t * W, omega * load(x + t * W));
+  for_wavelets<kGroup>(args.N, [&](auto group, int64_t n) {
+    constexpr int G = group.value;
+    alignas(64) A state[2 * G * W];
+    for (int k = 0; k < G; ++k) round_state(H + 2 * (n + k) * W, state + 2 * k * W);
+    scan_block<A, G>(tables.narrow_of(d, n), state, x, y, steps);
+    for (int k = 0; k < G; ++k) {
+      carry(tables.narrow_of(d, n + k), tables.wide_of(d, n + k), steps, steps == CemaShape::kForward, false,
+            state + 2 * k * W, H + 2 * (n + k) * W);
+    }
+  });
+  unpack(y, args.D, lanes, steps, static_cast<T*>(args.y) + offset);
+}
+
+template <class T>
+void forward(const CemaForward& args) {
+  using A = stat_t<T>;
+  Tables<A> tables;
+  double* states = tables.place(args.workspace, args);
+  tables.make(args, false, args.L >= CemaShape::kForward ? CemaShape::kForward : 0);
+  const Parts parts = args.parts();
+  const int64_t state = args.D * args.N * 2;  // elements of h per row of the batch
+  parallel_for(parts.parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
+    for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
+      double* H = states + part * args.wavelets() * 2;
+      for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
+        const A* h0 = args.h0 == nullptr ? nullptr : static_cast<const A*>(args.h0) + b * state;
+        for_vectors<A>(args, first, last,
+                       [&](int64_t d) { read_state(h0, tables, args, d, true, H + d * args.N * 2); });
+        for (int64_t t = 0; t < args.L; t += CemaShape::kForward) {
+          const int64_t steps = args.L - t < CemaShape::kForward ? args.L - t : CemaShape::kForward;
+          for_vectors<A>(args, first, last,
+                         [&](int64_t d) { forward_block<T>(args, tables, b, t, steps, d, H + d * args.N * 2); });
+        }
+        for_vectors<A>(args, first, last, [&](int64_t d) {
+          write_state(static_cast<A*>(args.h) + b * state, tables, args, d, true, H + d * args.N * 2);
+        });
+      }
+    });
+  });
+}
+
+// ---- backward ----
+
+// The workspace behind the tables, of one part: states and sums in float64, checkpoints in A.
+template <class A>
+struct Scratch {
+  double* H;       // [D, N, 2]: h', then the adjoint m
+  double* sums;    // [D, N, kSums]
+  double* omega;   // [D]
+  A* checkpoints;  // [blocks, D, N, 2]
+  int64_t wavelets;
+
+  Scratch(double* memory, const CemaShape& shape, int64_t part) : wavelets(shape.wavelets()) {
+    const int64_t parts = shape.parts().parts;
+    const int64_t channels = shape.columns() * kColumn;
+    H = memory + part * wavelets * 2;
+    sums = memory + parts * wavelets * 2 + part * wavelets * kSums;
+    omega = memory + parts * wavelets * (2 + kSums) + part * channels;
+    checkpoints = reinterpret_cast<A*>(memory + parts * (wavelets * (2 + kSums) + channels)) +
+                  part * shape.blocks() * wavelets * 2;
+  }
+  A* checkpoint(int64_t block, int64_t d, int64_t N) const { return checkpoints + (block * wavelets + d * N) * 2; }
+};
+
+constexpr int64_t kSteps = CemaShape::kBackward;
+
+// Keeps the state at the block's start and advances it to the end.
+template <class T>
+void checkpoint_block(const CemaBackward& args, const Tables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
+                      int64_t b, int64_t block, int64_t steps, int64_t d) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  alignas(64) A x[kSteps * W];
+  const T* rows = static_cast<const T*>(args.x) + (b * args.L + block * kSteps) * args.D + d;
+  pack(rows, args.D, args.D - d, steps, x);
+  if (args.D - d > W) prefetch(rows + W, args.D, steps);
+  for_wavelets<kGroup>(args.N, [&](auto group, int64_t n) {
+    constexpr int G = group.value;
+    double* H = scratch.H + (d * args.N + n * W) * 2;
+    A* kept = scratch.checkpoint(block, d, args.N) + 2 * n * W;
+    alignas(64) A state[2 * G * W];
+    for (int k = 0; k < G; ++k) round_state(H + 2 * k * W, kept + 2 * k * W);
+    std::memcpy(state, kept, sizeof state);
+    advance_block<A, G, false>(tables.narrow_of(d, n), state, x, nullptr, steps);
+    for (int k = 0; k < G; ++k) {
+      carry(tables.narrow_of(d, n + k), tables.wide_of(d, n + k), steps, steps == kSteps, false, state + 2 * k * W,
+            H + 2 * k * W);
+    }
+  });
+}
+
+template <class T>
+void backward_block(const CemaBackward& args, const Tables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
+                    int64_t b, int64_t block, int64_t steps, int64_t d) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  alignas(64) A x[kSteps * W], dy[kSteps * W], dx[kSteps * W];
+  alignas(64) A kept[2 * kAdjointGroup * (kSteps + 1) * W];
+  const int64_t offset = (b * args.L + block * kSteps) * args.D + d;
+  const int64_t lanes = args.D - d;
+  pack(static_cast<const T*>(args.x) + offset, args.D, lanes, steps, x);
+  pack(static_cast<const T*>(args.dy) + offset, args.D, lanes, steps, dy);
+  if (lanes > W) prefetch(static_cast<const T*>(args.x) + offset + W, args.D, steps);
+  if (lanes > W) prefetch(static_cast<const T*>(args.dy) + offset + W, args.D, steps);
+  prefetch(static_cast<T*>(args.dx) + offset, args.D, steps);
+  const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, lanes);
+  Vec<A> domega = {};
+  for (int64_t t = 0; t < steps; ++t) {
+    store(dx + t * W, omega * load(dy + t * W));
+    domega = load(x + t * W) * load(dy + t * W) + domega;
+  }
+  alignas(64) A rounded[kSums * kAdjointGroup * W];
+  store(rounded, domega);
+  for (int64_t i = 0; i < W; i += kDoubles) {
+    store(scratch.omega + d + i, load(scratch.omega + d + i) + load_wide(rounded + i));
+  }
+
+  for_wavelets<kAdjointGroup>(args.N, [&](auto group, int64_t n) {
+    constexpr int G = group.value;
+    alignas(64) A a[G * W], m[2 * G * W];
+    double* M = scratch.H + (d * args.N + n * W) * 2;
+    for (int k = 0; k < G; ++k) {
+      const double* from = tables.wide_of(d, n + k) + kA * W;
+      for (int64_t i = 0; i < W; i += kDoubles) store_wide(a + k * W + i, load(from + i));
+      round_state(M + 2 * k * W, m + 2 * k * W);
+    }
+    A* start = scratch.checkpoint(block, d, args.N) + 2 * n * W;
+    advance_block<A, G, true>(tables.narrow_of(d, n), start, x, kept, steps);
+    adjoint_block<A, G>(tables.narrow_of(d, n), a, kept, m, x, dy, dx, rounded, steps);
+    for (int k = 0; k < G; ++k) {
+      carry(tables.narrow_of(d, n + k), tables.wide_of(d, n + k), steps, steps == kSteps, true, m + 2 * k * W,
+            M + 2 * k * W);
+    }
+    double* sums = scratch.sums + (d * args.N + n * W) * kSums;
+    for (int64_t i = 0; i < kSums * G * W; i += kDoubles) store(sums + i, load(sums + i) + load_wide(rounded + i));
+  });
+  unpack(dx, args.D, lanes, steps, static_cast<T*>(args.dx) + offset);
+}
+
+// One row of the batch, the columns [first, last).
+template <class T>
+void backward_row(const CemaBackward& args, const Tables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
+                  int64_t b, int64_t first, int64_t last) {
+  using A = stat_t<T>;
+  const int64_t state = args.D * args.N * 2;
+  const auto of_row = [&](const void* p) { return p == nullptr ? nullptr : static_cast<const A*>(p) + b * state; };
+  const auto steps_of = [&](int64_t block) {
+    return args.L - block * kSteps < kSteps ? args.L - block * kSteps : kSteps;
+  };
+  for_vectors<A>(args, first, last,
+                 [&](int64_t d) { read_state(of_row(args.h0), tables, args, d, true, scratch.H + d * args.N * 2); });
+  for (int64_t block = 0; block < args.blocks(); ++block) {
+    for_vectors<A>(args, first, last,
+                   [&](int64_t d) { checkpoint_block<T>(args, tables, scratch, b, block, steps_of(block), d); });
+  }
+  for_vectors<A>(args, first, last,
+                 [&](int64_t d) { read_state(of_row(args.dh), tables, args, d, false, scratch.H + d * args.N * 2); });
+  for (int64_t block = args.blocks(); block-- > 0;) {
+    for_vectors<A>(args, first, last,
+                   [&](int64_t d) { backward_block<T>(args, tables, scratch, b, block, steps_of(block), d); });
+  }
+  if (args.dh0 == nullptr) return;
+  for_vectors<A>(args, first, last, [&](int64_t d) {
+    write_state(static_cast<A*>(args.dh0) + b * state, tables, args, d, false, scratch.H + d * args.N * 2);
+  });
+}
+
+// From the sums to the raw parameters, for kDoubles channels from d on.
+template <class A>
+void finish_gradients(const CemaBackward& args, double* memory, int64_t d) {
+  constexpr int64_t W = kLanes<A>;
+  const Parameters<A> parameters = Parameters<A>::of(args);
+  const int64_t lanes = parameters.lanes(d);
+  const int64_t N = args.N;
+  const int64_t vector = d / W * W;  // the vector of channels these are in
+  const double scale = gamma_scale(N);
+  const Sigmoid<Double> frequency = parameters.frequency(d);
+  const auto scatter = [&](void* out, int64_t offset, int64_t stride, Double v) {
+    for (int64_t l = 0; l < lanes; ++l) static_cast<A*>(out)[offset + (d + l) * stride] = static_cast<A>(v[l]);
+  };
+  Double dtheta = {}, domega = {};
+  for (int64_t n = 0; n < N; ++n) {
+    Double total[kSums] = {};
+    for (int64_t part = 0; part < args.parts().parts; ++part) {
+      const double* sums = Scratch<A>(memory, args, part).sums + (vector * N + n * W) * kSums + (d - vector);
+      for (int64_t s = 0; s < kSums; ++s) total[s] += load(sums + s * W);
+    }
+    const Wavelet<Double> w = parameters.wavelet(d, n, frequency);
+    const Complex<Double> gamma = parameters.gamma_of(d, n);
+    const Double a = w.a() < kLeastInput ? splat(kLeastInput) : w.a();
+    WaveletSums<Double> s{};
+    s.add_q(w, a * total[kSumQ], a * total[kSumQ + 1]);
+    s.g_re = a * total[kSumG];
+    s.g_im = a * total[kSumG + 1];
+    s.a = total[kSumA];
+    const auto gradient = WaveletGradient<Double>::of(w, s, gamma.re, gamma.im, scale);
+    scatter(args.dalpha, n, N, gradient.alpha);
+    scatter(args.ddelta, n, N, gradient.delta);
+    scatter(args.dgamma, 2 * n, 2 * N, gradient.gamma_re);
+    scatter(args.dgamma, 2 * n + 1, 2 * N, gradient.gamma_im);
+    dtheta += gradient.theta;
+  }
+  for (int64_t part = 0; part < args.parts().parts; ++part) domega += load(Scratch<A>(memory, args, part).omega + d);
+  scatter(args.dtheta, 0, 1, dtheta);
+  scatter(args.domega, 0, 1, domega);
+}
+
+template <class T>
+void backward(const CemaBackward& args) {
+  using A = stat_t<T>;
+  Tables<A> tables;
+  double* memory = tables.place(args.workspace, args);
+  tables.make(args, true, args.L >= kSteps ? kSteps : 0);
+  const Parts parts = args.parts();
+  parallel_for(parts.parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
+    for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
+      const Scratch<A> scratch(memory, args, part);
+      const int64_t channels = (last - first) * kColumn;
+      std::memset(scratch.sums + first * kColumn * args.N * kSums, 0, channels * args.N * kSums * sizeof(double));
+      std::memset(scratch.omega + first * kColumn, 0, channels * sizeof(double));
+      for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
+        backward_row<T>(args, tables, scratch, b, first, last);
+      }
+    });
+  });
+  parallel_for(args.columns(), 1 + 256 / (kColumn * args.N), [&](int64_t begin, int64_t end) {
+    for (int64_t d = begin * kColumn; d < end * kColumn && d < args.D; d += kDoubles) {
+      finish_gradients<A>(args, memory, d);
+    }
+  });
+}
+
+}  // namespace
+
+void cema_forward(const CemaForward& args) {
+  visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
+}
+
+void cema_backward(const CemaBackward& args) {
+  visit_activation(args.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
+}
+
+}  // namespace megalodon::cpu::MEGALODON_ISA
+
+#ifdef MEGALODON_ENTRY
+using namespace megalodon;
+
+extern "C" int megalodon_cema_forward_outputs(const DLTensor* x, const DLTensor* alpha, const DLTensor* delta,
+                                              const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
+                                              const DLTensor* h0, const DLTensor* cu_seqlens, const char* algorithm,
+                                              megalodon_spec* outputs) {
+  return guarded([&] {
+    Checker c("cema");
+    check_cema(c, x, alpha, delta, theta, gamma, omega, h0, cu_seqlens, algorithm, Outputs(outputs));
+  });
+}
+
+extern "C" int megalodon_cema_forward(const DLTensor* x, const DLTensor* alpha, const DLTensor* delta,
+                                      const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
+                                      const DLTensor* h0, const DLTensor* cu_seqlens, const char* algorithm,
+                                      DLTensor* y, DLTensor* h, DLTensor* workspace, void* stream) {
+  return guarded([&] {
+    Checker c("cema");
+    const CemaForward args =
+        check_cema(c, x, alpha, delta, theta, gamma, omega, h0, cu_seqlens, algorithm, {y, h, workspace});
+    run_on(c, args, cpu::cema_forward, stream);
+  });
+}
+
+extern "C" int megalodon_cema_backward_outputs(const DLTensor* dy, const DLTensor* dh, const DLTensor* x,
+                                               const DLTensor* alpha, const DLTensor* delta, const DLTensor* theta,
+                                               const DLTensor* gamma, const DLTensor* omega, const DLTensor* h0,
+                                               const DLTensor* cu_seqlens, const char* algorithm,
+                                               megalodon_spec* outputs) {
+  return guarded([&] {
+    Checker c("cema_backward");
+    check_cema_backward(c, dy, dh, x, alpha, delta, theta, gamma, omega, h0, cu_seqlens, algorithm, Outputs(outputs));
+  });
+}
+
+extern "C" int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh, const DLTensor* x, const DLTensor* alpha,
+                                       const DLTensor* delta, const DLTensor* theta, const DLTensor* gamma,
+                                       const DLTensor* omega, const DLTensor* h0, const DLTensor* cu_seqlens,
+                                       const char* algorithm, DLTensor* dx, DLTensor* dalpha, DLTensor* ddelta,
+                                       DLTensor* dtheta, DLTensor* dgamma, DLTensor* domega, DLTensor* dh0,
+                                       DLTensor* workspace, void* stream) {
+  return guarded([&] {
+    Checker c("cema_backward");
+    const CemaBackward args =
+        check_cema_backward(c, dy, dh, x, alpha, delta, theta, gamma, omega, h0, cu_seqlens, algorithm,
+                            {dx, dalpha, ddelta, dtheta, dgamma, domega, dh0, workspace});
+    run_on(c, args, cpu::cema_backward, stream);
+  });
+}
+#endif

@@ -1,0 +1,170 @@
+// cema: the complex exponential moving average (arXiv 2404.08801, as released), per channel d with N wavelets:
+//   h_t = a x_t + q h_(t-1)                        complex, h_(-1) = h0 or 0
+//   y_t = Re sum_n g_n h_(t,n) + omega x_t
+// with a, q, g from the raw parameters as core/coefficients.h says. h is the last state.
+//
+// Backward, with l_t = dS/dh_t as the pair (dS/d re, dS/d im) read as a complex number:
+//   l_t = conj(g) dy_t + conj(q) l_(t+1),   l_(L-1) = conj(g) dy_(L-1) + dh
+//   dx_t = sum_n a Re l_t + omega dy_t,     dh0 = conj(q) l_0
+//   dS/dq = sum_t l_t conj(h_(t-1)),  dS/dg = sum_t dy_t conj(h_t),  dS/da = sum_t x_t Re l_t,  domega = sum_t dy_t
+//   x_t.
+#pragma once
+
+#include <string>
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "core/tensor.h"
+
+namespace megalodon {
+
+enum class CemaAlgorithm : int32_t { kScan, kFft };
+
+// The sizes, and the way the scan cuts them: by shape alone, so that the workspace does not depend on the machine.
+struct CemaShape {
+  int64_t B, L, D, N;
+
+  static constexpr int64_t kColumn = 16;    // channels worked on together, padded with zeros at the end of D
+  static constexpr int64_t kForward = 128;  // steps of a time block
+  static constexpr int64_t kBackward = 64;
+
+  int64_t columns() const { return (D + kColumn - 1) / kColumn; }
+  int64_t blocks() const { return (L + kBackward - 1) / kBackward; }
+  // Rows of the batch one task walks through, one after the other: few columns need more tasks to occupy the threads.
+  Parts parts() const {
+    const int64_t wanted = columns() > 0 ? (Parts::kMaxParts + columns() - 1) / columns() : 1;
+    return {B, wanted < B ? wanted : B > 0 ? B : 1};
+  }
+  int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
+};
+
+struct CemaForward : CemaShape {
+  DType dtype;  // of x and y
+  CemaAlgorithm algorithm;
+  const void* x;      // [B, L, D]
+  const void* alpha;  // [D, N] stat, as all that follows
+  const void* delta;  // [D, N]
+  const void* theta;  // [D]
+  const void* gamma;  // [D, N, 2]
+  const void* omega;  // [D]
+  const void* h0;     // [B, D, N, 2], nullptr: zeros
+  void* y;            // [B, L, D]
+  void* h;            // [B, D, N, 2] stat
+  void* workspace;    // scan: see scan_bytes
+
+  // Coefficients (at most 4 stat and 7 float64 per wavelet) and the running states (2 float64 per wavelet and part).
+  int64_t scan_bytes() const {
+    return wavelets() * (4 * size_of(stat_dtype(dtype)) + 7 * 8) + parts().parts * wavelets() * 2 * 8;
+  }
+};
+
+struct CemaBackward : CemaShape {
+  DType dtype;  // of dy, x and dx
+  CemaAlgorithm algorithm;
+  const void* dy;     // [B, L, D]
+  const void* dh;     // [B, D, N, 2] stat, nullptr: zeros
+  const void* x;      // [B, L, D]
+  const void* alpha;  // as in CemaForward
+  const void* delta;
+  const void* theta;
+  const void* gamma;
+  const void* omega;
+  const void* h0;  // nullptr: zeros
+  void* dx;        // [B, L, D]
+  void* dalpha;    // [D, N] stat, as all that follows
+  void* ddelta;    // [D, N]
+  void* dtheta;    // [D]
+  void* dgamma;    // [D, N, 2]
+  void* domega;    // [D]
+  void* dh0;       // [B, D, N, 2], nullptr when h0 is
+  void* workspace;
+
+  // Coefficients, and for each part: running states (2 float64 per wavelet), sums of five gradients per wavelet and one
+  // per channel in float64, and the state at the start of every time block (2 stat per wavelet and block: 2 N / 64
+  // numbers per element of x).
+  int64_t scan_bytes() const {
+    const int64_t stat = size_of(stat_dtype(dtype));
+    return wavelets() * (4 * stat + 7 * 8) +
+           parts().parts * (wavelets() * (7 * 8 + 2 * stat * blocks()) + columns() * kColumn * 8);
+  }
+};
+
+static inline CemaAlgorithm check_cema_algorithm(const Checker& c, const char* algorithm) {
+  const std::string name = algorithm == nullptr ? "none" : algorithm;
+  if (name == "auto" || name == "scan") return CemaAlgorithm::kScan;
+  c.require(name == "fft", "algorithm", "auto, scan or fft", name);
+  c.not_implemented("algorithm fft");
+}
+
+// The parameters, in the order of both functions; Args is either of the two.
+template <class Args>
+static inline void check_cema_parameters(Checker& c, Args& args, const Tensor& x, const DLTensor* alpha_in,
+                                         const DLTensor* delta_in, const DLTensor* theta_in, const DLTensor* gamma_in,
+                                         const DLTensor* omega_in) {
+  const DType stat = stat_dtype(x.dtype);
+  const Dim D = x.dim(2, "D");
+  const Tensor alpha = c.tensor("alpha", alpha_in, stat, {D, any("N")});
+  const Dim N = alpha.dim(1, "N");
+  args.alpha = alpha.data;
+  args.delta = c.tensor("delta", delta_in, stat, {D, N}).data;
+  args.theta = c.tensor("theta", theta_in, stat, {D}).data;
+  args.gamma = c.tensor("gamma", gamma_in, stat, {D, N, Dim{"2", 2}}).data;
+  args.omega = c.tensor("omega", omega_in, stat, {D}).data;
+  args.dtype = x.dtype;
+  args.x = x.data;
+  args.B = x.shape[0];
+  args.L = x.shape[1];
+  args.D = D.size;
+  args.N = N.size;
+}
+
+static inline CemaForward check_cema(Checker& c, const DLTensor* x_in, const DLTensor* alpha, const DLTensor* delta,
+                                     const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
+                                     const DLTensor* h0_in, const DLTensor* cu_seqlens, const char* algorithm,
+                                     Outputs&& out) {
+  const Tensor x = c.activation("x", x_in, {any("B"), any("L"), any("D")});
+  CemaForward args{};
+  check_cema_parameters(c, args, x, alpha, delta, theta, gamma, omega);
+  const DType stat = stat_dtype(x.dtype);
+  const Dim N{"N", args.N, "alpha", 1};
+  args.h0 = c.optional("h0", h0_in, stat, {x.dim(0, "B"), x.dim(2, "D"), N, Dim{"2", 2}}).data;
+  c.no_cu_seqlens(cu_seqlens);
+  args.algorithm = check_cema_algorithm(c, algorithm);
+  args.y = out.like(c, "y", x);
+  args.h = out.next(c, "h", stat, {args.B, args.D, args.N, 2});
+  args.workspace = out.workspace(c, args.scan_bytes());
+  return args;
+}
+
+static inline CemaBackward check_cema_backward(Checker& c, const DLTensor* dy_in, const DLTensor* dh_in,
+                                               const DLTensor* x_in, const DLTensor* alpha, const DLTensor* delta,
+                                               const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
+                                               const DLTensor* h0_in, const DLTensor* cu_seqlens, const char* algorithm,
+                                               Outputs&& out) {
+  const Tensor x = c.activation("x", x_in, {any("B"), any("L"), any("D")});
+  CemaBackward args{};
+  args.dy = c.like("dy", dy_in, x).data;
+  check_cema_parameters(c, args, x, alpha, delta, theta, gamma, omega);
+  const DType stat = stat_dtype(x.dtype);
+  const Dim B = x.dim(0, "B"), D = x.dim(2, "D"), N{"N", args.N, "alpha", 1};
+  args.dh = c.optional("dh", dh_in, stat, {B, D, N, Dim{"2", 2}}).data;
+  const Tensor h0 = c.optional("h0", h0_in, stat, {B, D, N, Dim{"2", 2}});
+  args.h0 = h0.data;
+  c.no_cu_seqlens(cu_seqlens);
+  args.algorithm = check_cema_algorithm(c, algorithm);
+  args.dx = out.like(c, "dx", x);
+  args.dalpha = out.next(c, "dalpha", stat, {args.D, args.N});
+  args.ddelta = out.next(c, "ddelta", stat, {args.D, args.N});
+  args.dtheta = out.next(c, "dtheta", stat, {args.D});
+  args.dgamma = out.next(c, "dgamma", stat, {args.D, args.N, 2});
+  args.domega = out.next(c, "domega", stat, {args.D});
+  args.dh0 = out.gradient(c, "dh0", h0, stat);
+  if (!h0.present) args.dh0 = nullptr;
+  args.workspace = out.workspace(c, args.scan_bytes());
+  return args;
+}
+
+}  // namespace megalodon
+
+MEGALODON_CPU_KERNEL(cema_forward, CemaForward)
+MEGALODON_CPU_KERNEL(cema_backward, CemaBackward)

@@ -1,0 +1,403 @@
+"""The `megalodon` command: train, generate, eval, bench, info.
+
+This module only reads arguments and prints; the work is in `training/` and `generation.py`. Torch
+is imported inside the commands, so that `--help` and usage errors are immediate.
+"""
+
+from __future__ import annotations
+
+import codecs
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as error:  # the library itself needs none of them
+    raise SystemExit(
+        f"megalodon: error: the command needs {error.name}; pip install 'megalodon-ops[cli]'"
+    ) from None
+
+from megalodon_ops.training.errors import CommandError
+
+if TYPE_CHECKING:
+    from megalodon_ops.training.checkpoint import Checkpoint
+    from megalodon_ops.training.data import Corpus
+
+DEFAULT_OUT = "runs/megalodon"
+PREFILL = 2048
+NEEDED = ("torch", "safetensors", "matplotlib", "numpy")  # typer and rich: see the imports
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell reports it
+
+app = typer.Typer(
+    help="Train, evaluate and run Megalodon language models on bytes.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SHAPE, SCHEDULE, REPORTS = "Model shape", "Training", "Reports and checkpoints"
+
+
+def _shape(help_text: str, default: object) -> Any:
+    return typer.Option(help=help_text, show_default=str(default), rich_help_panel=SHAPE)
+
+
+def _training(help_text: str, default: object, panel: str = SCHEDULE) -> Any:
+    return typer.Option(help=help_text, show_default=str(default), rich_help_panel=panel)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path(DEFAULT_OUT),
+    data: Annotated[
+        str | None,
+        _training("A file or a folder of any bytes.", "the Python standard library's source"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew where --out holds a run already.")
+    ] = False,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Save and stop after this many steps; see --resume.")
+    ] = None,
+    steps: Annotated[int | None, _training("Length of the run in steps.", "none")] = None,
+    minutes: Annotated[float | None, _training("Length of the run in minutes.", 3)] = None,
+    seq_len: Annotated[int | None, _training("Bytes in a window.", 2048)] = None,
+    batch_size: Annotated[int | None, _training("Windows in a step.", 1)] = None,
+    lr: Annotated[float | None, _training("Highest learning rate.", 0.002)] = None,
+    final_lr: Annotated[float | None, _training("Last rate, as a part of --lr.", 0.1)] = None,
+    warmup_steps: Annotated[int | None, _training("Steps of linear warm-up.", 50)] = None,
+    weight_decay: Annotated[float | None, _training("On weight matrices only.", 0.1)] = None,
+    clip: Annotated[float | None, _training("Largest norm of the gradient.", 1.0)] = None,
+    seed: Annotated[int | None, _training("Of weights, windows and dropout.", 0)] = None,
+    dtype: Annotated[
+        str | None, _training("float32, bfloat16, or auto: the faster, measured.", "auto")
+    ] = None,
+    threads: Annotated[int | None, _training("CPU threads; 0: torch's choice.", 0)] = None,
+    held_out: Annotated[
+        float | None, _training("Last part of the bytes kept from training, percent.", 5)
+    ] = None,
+    eval_every: Annotated[
+        int | None, _training("Steps between held-out evaluations.", 200, REPORTS)
+    ] = None,
+    eval_bytes: Annotated[
+        int | None, _training("Held-out bytes in each of them.", 32768, REPORTS)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, _training("Steps between checkpoints.", 200, REPORTS)
+    ] = None,
+    preset: Annotated[
+        str | None, _shape("A released shape, such as mega200M.", "the demo's shape")
+    ] = None,
+    model_dim: Annotated[int | None, _shape("D", 256)] = None,
+    num_layers: Annotated[int | None, _shape("Blocks.", 4)] = None,
+    num_heads: Annotated[int | None, _shape("H", 1)] = None,
+    z_dim: Annotated[int | None, _shape("S, all heads together.", 128)] = None,
+    value_dim: Annotated[int | None, _shape("E, all heads together.", 512)] = None,
+    ffn_hidden_dim: Annotated[int | None, _shape("F", 640)] = None,
+    cema_ndim: Annotated[int | None, _shape("N", 16)] = None,
+    chunk_size: Annotated[int | None, _shape("C", 512)] = None,
+    norm_num_groups: Annotated[int | None, _shape("G", 32)] = None,
+    swiglu: Annotated[bool | None, _shape("A gated feed-forward.", "no")] = None,
+    share_emb: Annotated[bool | None, _shape("One matrix for embedding and output.", "yes")] = None,
+    dropout: Annotated[float | None, _shape("On embedding and sub-layer outputs.", 0)] = None,
+    hidden_dropout: Annotated[float | None, _shape("Inside sub-layers.", 0)] = None,
+    attention_dropout: Annotated[float | None, _shape("Of attention keys.", 0)] = None,
+) -> int:
+    """Train a byte-level language model; Ctrl-C saves first, --resume continues exactly."""
+    from megalodon_ops.config import MegalodonConfig
+    from megalodon_ops.training.options import TrainOptions
+
+    # None means "not given": a resumed run keeps its own value, a new one takes the default.
+    values = {name: value for name, value in locals().items() if value is not None}
+    shape = {f.name: values[f.name] for f in fields(MegalodonConfig) if f.name in values}
+    given = {f.name: values[f.name] for f in fields(TrainOptions) if f.name in values}
+    return _train(out, given, shape, preset, resume, overwrite, stop_after)
+
+
+def _train(
+    out: Path,
+    given: dict[str, Any],
+    shape: dict[str, Any],
+    preset: str | None,
+    resume: bool,
+    overwrite: bool,
+    stop_after: int | None,
+) -> int:
+    from megalodon_ops.training import checkpoint as checkpoints
+    from megalodon_ops.training import options as settings
+    from megalodon_ops.training.data import open_corpus
+    from megalodon_ops.training.display import Display, clock
+    from megalodon_ops.training.loop import Trainer
+
+    saved = None
+    if given.get("data"):
+        # Absolute, so that --resume and eval find it from anywhere.
+        given["data"] = os.path.abspath(given["data"])
+    if resume:
+        saved = checkpoints.load(out, training=True)
+        out = checkpoints.find(out).parent
+        settings.check_resumed_config(saved.config, preset, shape, str(out))
+        config = saved.config
+        options = settings.resumed_options(_saved_options(saved), given, str(out))
+    else:
+        config = settings.build_config(preset, shape)
+        options = settings.TrainOptions(**given)
+        if (out / checkpoints.FILE_NAME).exists() and not overwrite:
+            raise CommandError(
+                f"{out} already holds a run: --resume goes on with it, --overwrite discards it"
+            )
+    corpus = open_corpus(options.data)
+    out.mkdir(parents=True, exist_ok=True)
+
+    display = Display(Console())
+    display.say(f"corpus: {corpus.name}, {corpus.size:,} bytes in {len(corpus.files):,} files")
+    trainer = Trainer(config, options, corpus, out, display, saved)
+    display.say(
+        f"model: {trainer.parameter_count:,} parameters; windows of {options.seq_len} bytes, "
+        f"{options.batch_size} a step; {trainer.options.dtype}"
+    )
+    if trainer.progress() >= 1:
+        display.say(
+            f"the run in {out} is complete at step {trainer.step}; --steps or --minutes adds"
+        )
+        return 0
+    if resume:
+        display.say(f"resuming after step {trainer.step}")
+    outcome = trainer.run(stop_after)
+    display.say(
+        f"step {outcome.step} after {clock(outcome.seconds)}, {outcome.tokens_per_second:,.0f} "
+        f"tokens/s; saved {outcome.checkpoint}"
+    )
+    if not outcome.finished:
+        display.say(f"continue with: megalodon train --out {out} --resume")
+    return 0 if outcome.signal is None else 128 + outcome.signal
+
+
+def _saved_options(saved: Checkpoint) -> Any:
+    from megalodon_ops.training.options import read_options
+
+    return read_options(saved.settings.get("options", {}))
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[
+        str, typer.Option(help="A run's folder or a checkpoint file.")
+    ] = DEFAULT_OUT,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    prompt_file: Annotated[
+        str | None, typer.Option(help="Read the prompt from a file; - is standard input.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Bytes to make; 0: go on until Ctrl-C.")
+    ] = 512,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely byte.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among the k most likely; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest of this sum.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, show_default="random")] = None,
+    echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.")] = True,
+    timing: Annotated[bool, typer.Option("--timing", help="Print ms/token at the end.")] = False,
+) -> int:
+    """Stream text from a checkpoint as it is made, at constant memory."""
+    from megalodon_ops.generation import Sampling, Timing
+    from megalodon_ops.generation import generate as generate_tokens
+    from megalodon_ops.training.checkpoint import load_model
+
+    sampling = Sampling(temperature, top_k, top_p)
+    if prompt and prompt_file is not None:
+        raise CommandError("give --prompt or --prompt-file, not both")
+    model, _ = load_model(checkpoint)
+    pieces = _prompt_pieces(prompt, prompt_file)
+    # A character may span several tokens: it is printed when complete, and bytes that are no UTF-8
+    # become the replacement character, here as in the prompt.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def show(data: bytes, final: bool = False) -> None:
+        # Straight to the binary stream: the locale's encoding may not have the character.
+        sys.stdout.buffer.write(decoder.decode(data, final).encode())
+        sys.stdout.buffer.flush()
+
+    def echoed() -> Iterator[bytes]:
+        for piece in pieces:
+            if echo:
+                show(piece)
+            yield piece
+
+    clock = Timing()
+    interrupted = False
+    try:
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "little")
+        tokens = generate_tokens(model, echoed(), sampling, seed, max_new_tokens or None, clock)
+        try:
+            for token in tokens:
+                show(bytes([token]))
+        except KeyboardInterrupt:
+            interrupted = True
+        show(b"", final=True)
+        sys.stdout.buffer.write(b"\n")
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has enough. Python must not fail once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE_CLOSED
+    if timing:
+        print(
+            f"prompt: {clock.prompt_tokens} tokens in {1e3 * clock.prompt_seconds:.1f} ms; then "
+            f"{clock.tokens} tokens at {1e3 * clock.seconds / max(1, clock.tokens):.3f} ms/token "
+            f"(seed {seed})",
+            file=sys.stderr,
+        )
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _prompt_pieces(prompt: str, prompt_file: str | None) -> Iterator[bytes]:
+    """The prompt's bytes, in pieces that are each prefilled in one call."""
+
+    if prompt_file is None:
+        # surrogateescape: bytes of the command line that are no UTF-8 come back as they were.
+        data = prompt.encode("utf-8", "surrogateescape")
+        for at in range(0, len(data), PREFILL):
+            yield data[at : at + PREFILL]
+        return
+    try:
+        with open(0 if prompt_file == "-" else prompt_file, "rb") as file:
+            while piece := file.read(PREFILL):
+                yield piece
+    except OSError as error:
+        raise CommandError(f"cannot read the prompt {prompt_file}: {error.strerror}") from error
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[
+        str | None,
+        typer.Argument(help="A file or folder; the held-out part of the run's corpus if absent."),
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="A run's folder or a checkpoint file.")
+    ] = DEFAULT_OUT,
+    max_bytes: Annotated[int, typer.Option(min=0, help="Stop after this many; 0: all.")] = 0,
+    piece: Annotated[int, typer.Option(min=1, help="Bytes in one call of the model.")] = 2048,
+) -> int:
+    """Bits per byte of any file, streamed at constant memory, next to gzip -9 and xz -9."""
+    from megalodon_ops.training.checkpoint import load_model
+    from megalodon_ops.training.data import open_corpus
+    from megalodon_ops.training.evaluation import compare
+
+    model, saved = load_model(checkpoint)
+    corpus, start = (open_corpus(path), 0) if path is not None else _held_out(saved)
+    stop = min(corpus.size, start + max_bytes) if max_bytes else corpus.size
+
+    from rich.progress import Progress
+
+    # Transient and on stderr: standard output holds the result and nothing else.
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluating", total=stop - start)
+        result = compare(
+            model, corpus.pieces(start, stop, piece), lambda count: bar.advance(task, count)
+        )
+    part = "" if path is not None else ", held out"
+    print(f"{corpus.name}{part}: {result.count:,} bytes, {result.model:.4f} bits/byte")
+    print(f"  megalodon  {result.model:.4f}")
+    print(f"  xz -9      {result.xz:.4f}")
+    print(f"  gzip -9    {result.gzip:.4f}")
+    return 0
+
+
+def _held_out(saved: Checkpoint) -> tuple[Corpus, int]:
+    """The corpus that a checkpoint was trained on and where its held-out part begins."""
+    from megalodon_ops.training.data import open_corpus
+
+    corpus = open_corpus(_saved_options(saved).data)
+    start = saved.settings.get("held_out_start", corpus.size)
+    if saved.settings.get("corpus") != corpus.fingerprint():
+        raise CommandError(
+            f"the corpus {corpus.name!r} is not the one this run was trained on; name a file to "
+            "evaluate instead"
+        )
+    if start >= corpus.size:
+        raise CommandError("this run kept no part of its corpus from training; name a file instead")
+    return corpus, start
+
+
+@app.command()
+def info() -> int:
+    """Versions, instruction set, CUDA, threads, and the table of ops."""
+    from megalodon_ops.info import show
+
+    show(Console())
+    return 0
+
+
+@app.command()
+def bench(
+    select: Annotated[
+        str, typer.Argument(help="An op's name, or any pytest -k expression; all if absent.")
+    ] = "",
+) -> int:
+    """Run the benchmarks of a source checkout (its bench/ folder)."""
+
+    # The checkout one stands in, or the one that an editable install comes from.
+    places = [Path.cwd(), *Path(__file__).resolve().parents[2:3]]
+    folder = next((p / "bench" for p in places if any(p.glob("bench/bench_*.py"))), None)
+    if folder is None:
+        raise CommandError("no bench/ folder here: the benchmarks are in a source checkout")
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise CommandError("the benchmarks need pytest-benchmark: pip install pytest-benchmark")
+    command = [sys.executable, "-m", "pytest", str(folder), "-o", "python_files=bench_*.py"]
+    command += ["--benchmark-enable", "--benchmark-only", *(["-k", select] if select else [])]
+    return subprocess.call(command, cwd=folder.parent)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 2 for an error, told in one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        return int(app(arguments, prog_name="megalodon", standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except CommandError as error:
+        return _fail(str(error), error.code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in NEEDED:
+            raise
+        return _fail(f"the command needs {error.name}; pip install 'megalodon-ops[cli]'")
+    except MemoryError:
+        return _fail("out of memory; a smaller model, --batch-size or --seq-len needs less")
+    except Exception as error:
+        message = _expected(error)
+        if message is None:
+            raise  # a bug: its traceback is the useful report
+        return _fail(message)
+
+
+def _expected(error: Exception) -> str | None:
+    """The message of an error that is the user's to mend, or None for a bug."""
+    if hasattr(error, "format_message"):  # a usage error; old and new typer have different classes
+        return str(error.format_message())
+    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+        return "out of memory; a smaller model, --batch-size or --seq-len needs less"
+    return None
+
+
+def _fail(message: str, code: int = EXIT_USAGE) -> int:
+    print(f"megalodon: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""`Megalodon`: the language model, with the official parameter names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import MegalodonConfig
+from .functional import TimestepNormState
+from .nn import Block, TimestepNorm
+from .nn.init import Embedding, OutputLinear
+from .nn.precision import KeepsPrecision, activation_dtype
+from .state import LayerState, MegalodonState
+
+
+class Rope(KeepsPrecision):
+    """The official buffer `rope.freqs`: base^(-2j/dz), j = 0 .. dz/2 - 1, (dz/2) float32.
+
+    It is there for the sake of checkpoints and computes nothing: the rotary base comes from the
+    config. A checkpoint's frequencies are compared with the config's and never taken over
+    (the released code obeys them silently).
+    """
+
+    freqs: Tensor
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.base = base
+        self.register_buffer("freqs", self._compute(None))
+
+    def _compute(self, device: torch.device | None) -> Tensor:
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
+        return (self.base ** (-pairs / self.head_dim)).to(torch.float32)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = f"{prefix}freqs"
+        given = state_dict.get(key)
+        if given is not None:
+            problem = self._difference(given)
+            if problem:
+                error_msgs: list[str] = args[-1]
+                error_msgs.append(f"{key}: {problem}")
+            state_dict = {**state_dict, key: self._compute(given.device)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _difference(self, given: Tensor) -> str:
+        """What is wrong with a checkpoint's frequencies; empty where they are this model's."""
+        if given.shape != self.freqs.shape:
+            return f"wanted shape {list(self.freqs.shape)}; got {list(given.shape)}"
+        if given.device.type == "meta":
+            return ""
+        mine = self._compute(torch.device("cpu")).double()
+        theirs = given.detach().to("cpu", torch.float64)
+        # Both are rounded once, to float32 here and to whatever dtype was saved there.
+        saved = torch.finfo(given.dtype)
+        tolerance = 4 * max(torch.finfo(torch.float32).eps, saved.eps)
+        if torch.allclose(theirs, mine, rtol=tolerance, atol=saved.tiny * saved.eps):
+            return ""
+        base = float("nan")
+        if len(theirs) > 1:
+            base = float(theirs[1]) ** (-self.head_dim / 2)
+        return (
+            f"the checkpoint was made with rope_base about {base:.6g}; the config has "
+            f"rope_base = {self.base:.6g}"
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, base={self.base}"
+
+
+class Output(nn.Module):
+    """The head: final_norm (`TimestepNorm`), then output (V, D), no bias."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.final_norm = TimestepNorm(
+            config.model_dim, config.norm_num_groups, eps=config.norm_eps
+        )
+        self.output = OutputLinear(config.model_dim, config.num_outputs)
+
+    def forward(
+        self, x: Tensor, state: TimestepNormState | None = None
+    ) -> tuple[Tensor, TimestepNormState]:
+        """x (B, L, D) -> logits (B, L, V), float32 (float64 for float64), and the norm's state."""
+        normed, state = self.final_norm(x, state)
+        logits = self.output(normed)
+        return logits if logits.dtype == torch.float64 else logits.float(), state
+
+
+class Megalodon(nn.Module):
+    """A Megalodon language model (arXiv 2404.08801, as the released code computes it).
+
+    Parameter and buffer names, shapes and initial values are the released code's, and
+    `load_state_dict` accepts a consolidated official checkpoint strictly; its `rope.freqs` and
+    `prior_count` entries must agree with the config.
+
+    `.bfloat16()`, `.half()` and `.to(dtype)` leave CEMA, norms and gamma/beta in float32. Under
+    autocast the residual stream stays float32 and everything inside the layers is narrow.
+
+    Args:
+        config: sizes and switches.
+    """
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        if not isinstance(config, MegalodonConfig):
+            raise TypeError(
+                f"Megalodon: config: wanted a MegalodonConfig; got {type(config).__name__}"
+            )
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.model_dim)
+        self.rope = Rope(config.z_head_dim, config.rope_base_value)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.output = Output(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.tie_weights()
+        self.register_load_state_dict_post_hook(_tie_weights)  # type: ignore[no-untyped-call]
+
+    def tie_weights(self) -> None:
+        """Make output.output.weight the embedding itself again, where the config shares them.
+
+        Called wherever torch may have separated them (`to_empty`, `load_state_dict(assign=True)`).
+        """
+        if self.config.share_emb:
+            self.output.output.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: MegalodonState | None = None,
+        return_state: bool = False,
+        *,
+        inplace_state: bool = False,
+    ) -> Tensor | tuple[Tensor, MegalodonState]:
+        """Logits of the next token at every position.
+
+        Splitting the tokens over calls changes nothing: any lengths, empty ones included, rows at
+        different positions included.
+
+        Args:
+            tokens: (B, L) int64 or int32, in [0, vocab_size). Values are checked on the CPU only.
+            state: the state after the tokens before these; None starts a sequence.
+            return_state: also return the state after these tokens.
+            inplace_state: write that state into `state`'s own tensors and return `state` itself:
+                fixed addresses and no copies, for decoding. Without it `state` stays as it is.
+
+        Returns:
+            logits (B, L, V), float32 (float64 for a float64 model), and the new state if asked.
+            Differentiable in the parameters and in the floating tensors of the state.
+
+        Raises:
+            TypeError: tokens is not a tensor, or state not a MegalodonState.
+            ValueError: tokens has the wrong dtype, rank or device; the state's batch, dtype, device
+                or config differ; inplace_state without a state, or while gradients are recorded.
+            IndexError: a token is out of range (tokens on the CPU, not while compiling).
+        """
+        self._check(tokens, state, inplace_state)
+        make_state = return_state or inplace_state
+        position = None if state is None else state.position
+
+        x = self.embed(tokens)
+        if self.config.scale_emb:
+            x = x * math.sqrt(self.config.model_dim)
+        x = self.dropout(x)
+
+        recompute = self.config.layerwise_ckpt and torch.is_grad_enabled()
+        draws = self.training and self.config.any_dropout
+        layers: list[LayerState] = []
+        for i, layer in enumerate(self.layers):
+            layer_state = None if state is None else state.layers[i]
+            arguments = (x, layer_state, position, make_state, inplace_state)
+            if recompute:
+                x, new = checkpoint(
+                    layer, *arguments, use_reentrant=False, preserve_rng_state=draws
+                )
+            else:
+                x, new = layer(*arguments)
+            if new is not None:
+                layers.append(new)
+
+        logits: Tensor
+        logits, norm = self.output(x, None if state is None else state.final_norm)
+        if not make_state:
+            return logits
+        if inplace_state and state is not None:
+            for mine, value in zip(state.final_norm, norm, strict=True):
+                mine.copy_(value)
+            state.position.add_(tokens.shape[1])
+            new_state = state
+        else:
+            new_state = MegalodonState(
+                tuple(layers), norm, _advanced(position, tokens), self.config.fingerprint()
+            )
+        return (logits, new_state) if return_state else logits
+
+    def init_state(self, batch_size: int) -> MegalodonState:
+        """The state before the first token, for `batch_size` rows, on the model's device.
+
+        The caches take the dtype that activations have now: autocast's inside autocast.
+
+        Raises:
+            ValueError: batch_size is not an int >= 0.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"init_state: batch_size: wanted an int >= 0; got {batch_size!r}")
+        weight = self.embed.weight
+        return MegalodonState.initial(
+            self.config, batch_size, activation_dtype(weight), weight.device
+        )
+
+    def _check(self, tokens: Tensor, state: MegalodonState | None, inplace_state: bool) -> None:
+        """Validate the arguments of forward; reads token values only where that costs no sync."""
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens: wanted a torch.Tensor; got {type(tokens).__name__}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens: dtype: wanted int64 or int32; got {tokens.dtype}")
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: wanted shape (B, L); got {list(tokens.shape)}")
+        weight = self.embed.weight
+        if tokens.device != weight.device:
+            raise ValueError(
+                f"tokens: device: wanted the model's, {weight.device}; got {tokens.device}"
+            )
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_range(tokens, self.config.vocab_size)
+        if inplace_state and state is None:
+            raise ValueError("inplace_state: wanted a state to write into; got state=None")
+        if state is None:
+            return
+        if not isinstance(state, MegalodonState):
+            raise TypeError(f"state: wanted a MegalodonState; got {type(state).__name__}")
+        if inplace_state and torch.is_grad_enabled():
+            raise ValueError(
+                "inplace_state: wanted torch.no_grad() or torch.inference_mode(); "
+                "gradients are being recorded, and their backward needs the old state"
+            )
+        state.check(self.config, tokens.shape[0], activation_dtype(weight), weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Megalodon:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.tie_weights()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = (f"{prefix}embed.weight", f"{prefix}output.output.weight")
+        first, second = (state_dict.get(name) for name in names)
+        if self.config.share_emb and not _agree(first, second):
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(
+                f"{names[1]}: differs from {names[0]}, but the config has share_emb on"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _tie_weights(model: Megalodon, _: object) -> None:
+    model.tie_weights()
+
+
+def _advanced(position: Tensor | None, tokens: Tensor) -> Tensor:
+    """The positions after these tokens."""
+    rows, length = tokens.shape
+    if position is None:
+        return torch.full((rows,), length, dtype=torch.int64, device=tokens.device)
+    return position + length
+
+
+def _agree(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are equal, as far as both are there and have values."""
+    if a is None or b is None or a is b or "meta" in (a.device.type, b.device.type):
+        return True
+    return a.shape == b.shape and torch.equal(a, b.to(a.device, a.dtype))
+
+
+def _check_range(tokens: Tensor, vocab_size: int) -> None:
+    if tokens.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(tokens))
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise IndexError(f"tokens: wanted ids in [0, {vocab_size}); got {bad}")

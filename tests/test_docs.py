@@ -1,0 +1,34 @@
+"""The documents say what is so: the op table is the registry's, the README's examples run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megalodon_ops import functional, registry
+from megalodon_ops._table import with_table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_op_table_is_the_registrys() -> None:
+    assert with_table(README) == README, "run `make docs`"
+
+
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_examples_run(example: str) -> None:
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_links_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_op_has_a_function_and_a_docstring() -> None:
+    for op in registry:
+        text = getattr(functional, op.name).__doc__
+        assert "Args:" in text
+        assert "Returns:" in text
