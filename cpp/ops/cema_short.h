@@ -59,8 +59,11 @@ template <class T>
 void short_row(const ShortTable& table, int64_t N, int64_t L, int64_t D, stat_t<T> omega, const stat_t<T>* h0,
                stat_t<T>* h, const T* x, T* y) {
   double input[kShortSteps];
-  Double sums[kShortSteps] = {};
-  for (int64_t t = 0; t < L; ++t) input[t] = static_cast<double>(load_one(x + t * D));
+  Double sums[kShortSteps];
+  for (int64_t t = 0; t < L; ++t) {
+    input[t] = static_cast<double>(load_one(x + t * D));
+    sums[t] = Double{};
+  }
   for (int64_t i = 0; i < 2 * N; i += kDoubles) {
     const Double a = load(table.a + i), q1 = load(table.q1 + i), q2 = load(table.q2 + i), g = load(table.g + i);
     Double state = h0 == nullptr ? Double{} : load_some(h0 + i, 2 * N - i);

@@ -4,14 +4,18 @@ from megalodon_ops.ops import (
     cema,
     chunk_attention,
     chunk_attention_step,
+    layer_norm,
     qk_norm_rope,
     rms_norm,
+    silu_mul,
 )
 
 __all__ = [
     "cema",
     "chunk_attention",
     "chunk_attention_step",
+    "layer_norm",
     "qk_norm_rope",
     "rms_norm",
+    "silu_mul",
 ]
