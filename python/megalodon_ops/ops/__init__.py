@@ -2,20 +2,26 @@
 
 from megalodon_ops.ops import (
     cema,
+    cema_kernel,
     chunk_attention,
     chunk_attention_step,
+    fft_conv,
     layer_norm,
     qk_norm_rope,
     rms_norm,
     silu_mul,
+    timestep_norm,
 )
 
 __all__ = [
     "cema",
+    "cema_kernel",
     "chunk_attention",
     "chunk_attention_step",
+    "fft_conv",
     "layer_norm",
     "qk_norm_rope",
     "rms_norm",
     "silu_mul",
+    "timestep_norm",
 ]
