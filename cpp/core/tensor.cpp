@@ -179,9 +179,14 @@ Tensor Checker::activation(const char* name, const DLTensor* tensor, std::initia
   return out;
 }
 
-Tensor Checker::rows(const char* name, const DLTensor* tensor) {
+Tensor Checker::elements(const char* name, const DLTensor* tensor) {
   const Tensor out = view(name, tensor);
   if (!is_activation(out.dtype)) fail(MEGALODON_TYPE_ERROR, name, kActivationTypes, dtype_text(out.dtype));
+  return out;
+}
+
+Tensor Checker::rows(const char* name, const DLTensor* tensor) {
+  const Tensor out = elements(name, tensor);
   require(out.ndim >= 1, name, "[..., D]", "[]");
   return out;
 }

@@ -59,6 +59,8 @@ class Checker {
 
   // An activation of any of the four types and exactly these dimensions.
   Tensor activation(const char* name, const DLTensor* tensor, std::initializer_list<Dim> dims);
+  // An activation of any shape.
+  Tensor elements(const char* name, const DLTensor* tensor);
   // An activation (..., D): at least one dimension.
   Tensor rows(const char* name, const DLTensor* tensor);
   // A tensor of this type and exactly these dimensions.

@@ -1,5 +1,27 @@
 """The ops: one module per op, each of which adds itself to the registry when imported."""
 
-from megalodon_ops.ops import cema, chunk_attention, chunk_attention_step, qk_norm_rope, rms_norm
+from megalodon_ops.ops import (
+    cema,
+    cema_kernel,
+    chunk_attention,
+    chunk_attention_step,
+    fft_conv,
+    layer_norm,
+    qk_norm_rope,
+    rms_norm,
+    silu_mul,
+    timestep_norm,
+)
 
-__all__ = ["cema", "chunk_attention", "chunk_attention_step", "qk_norm_rope", "rms_norm"]
+__all__ = [
+    "cema",
+    "cema_kernel",
+    "chunk_attention",
+    "chunk_attention_step",
+    "fft_conv",
+    "layer_norm",
+    "qk_norm_rope",
+    "rms_norm",
+    "silu_mul",
+    "timestep_norm",
+]
