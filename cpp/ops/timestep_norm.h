@@ -60,7 +60,7 @@ struct TimestepNormForward {
   double eps;
 
   int64_t K() const { return D / G; }
-  TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
+  __attribute__((always_inline)) TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
 };
 
 struct TimestepNormBackward {
@@ -83,7 +83,7 @@ struct TimestepNormBackward {
   int64_t B, L, D, G;
 
   int64_t K() const { return D / G; }
-  TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
+  __attribute__((always_inline)) TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
   Parts parts() const { return Parts::of(B, 1); }
 };
 
