@@ -1,5 +1,6 @@
 """The build keeps its promises: no wide code leaks, one name in every list, clean exports."""
 
+import platform
 import re
 import shutil
 import subprocess
@@ -15,53 +16,85 @@ assert OPS_LIST is not None
 OPS = OPS_LIST.group(1).split()
 
 
+CODE = "TtW"  # the types of symbols that are functions: global, local, weak
+WIDE = ("avx2", "avx512")
+
+
+def tool(name: str, *arguments: str | Path) -> list[str]:
+    """The lines that a tool of binutils prints."""
+    if shutil.which(name) is None:
+        missing(f"{name} (binutils) is not installed")
+    command = [name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
-    """(type, demangled name) of what the file defines."""
-    nm = shutil.which("nm")
-    if nm is None:
-        missing("nm (binutils) is not installed")
-    output = subprocess.run(
-        [nm, "--demangle", "--defined-only", *options, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return [(kind, name) for _, kind, name in (line.split(" ", 2) for line in output.splitlines())]
-
-
-def leaks(defined: list[tuple[str, str]], isa: str) -> list[str]:
-    """The symbols that the linker could take for another instruction set's: it keeps one of several
-    weak definitions, and keeps the wide one for all if that comes first.
-    """
+    """(type, name) of what the file defines."""
     return [
-        name
-        for kind, name in defined
-        if kind in "WVu" and f"{isa}::" not in name and not name.startswith("DW.ref.")
+        (kind, name)
+        for _, kind, name in (
+            line.split(" ", 2) for line in tool("nm", "--defined-only", *options, path)
+        )
     ]
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_wide_code_stays_in_its_namespace(isa: str) -> None:
+def objects(target: str) -> list[Path]:
     tree = build_tree()
-    objects = list(tree.glob(f"CMakeFiles/ops_{isa}.dir/**/*.o")) if tree is not None else []
-    if not objects:
+    found = sorted(tree.glob(f"CMakeFiles/{target}.dir/**/*.o")) if tree is not None else []
+    if not found:
         missing("no build tree with object files (cmake --preset dev, or make setup)")
-    for path in objects:
-        defined = symbols(path)
-        assert any(f"cpu::{isa}::" in name for _, name in defined), path.name
-        assert not leaks(defined, isa), f"{path.name}: {leaks(defined, isa)}"
-        assert not [n for k, n in defined if k == "T" and f"::{isa}::" not in n], path.name
+    return found
 
 
-def test_a_leak_is_found(tmp_path: Path) -> None:
-    """The lint above sees an inline function outside the namespace."""
-    source = tmp_path / "leak.cpp"
-    source.write_text("inline int leak(int a) { return a; } int (*p)(int) = leak;")
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        missing("no C++ compiler")
-    subprocess.run([compiler, "-c", str(source), "-o", str(tmp_path / "leak.o")], check=True)
-    assert leaks(symbols(tmp_path / "leak.o"), "avx2") == ["leak(int)"]
+@pytest.mark.parametrize("isa", WIDE)
+def test_wide_code_stays_in_its_namespace(isa: str) -> None:
+    """No strong symbol outside it; the weak ones are the next test's."""
+    for path in objects(f"ops_{isa}"):
+        names = [name for kind, name in symbols(path, "--demangle") if kind == "T"]
+        assert names, path.name
+        assert not [name for name in names if f"cpu::{isa}::" not in name], path.name
+
+
+def instructions(path: Path) -> dict[str, set[str]]:
+    """The mnemonics of every function of a linked file."""
+    functions: dict[str, set[str]] = {}
+    current: set[str] = set()
+    for line in tool("objdump", "--disassemble", "--no-show-raw-insn", path):
+        if line.endswith(">:"):
+            current = functions.setdefault(line.split("<", 1)[1][:-2], set())
+        elif "\t" in line:
+            current.add(line.split("\t")[1].split(" ")[0])
+    return functions
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 has wide code")
+def test_no_wide_instruction_where_any_cpu_runs() -> None:
+    """An inline function that several compilations emit is kept once, from whichever object comes
+    first: what the portable objects call must have been compiled for any CPU.
+    """
+    portable = {
+        name
+        for path in [*objects("ops_portable"), *objects("megalodon_ops")]
+        for kind, name in symbols(path)
+        if kind in CODE
+    }
+    # A static function has a copy in every object; each object calls its own.
+    copies = {
+        name
+        for isa in WIDE
+        for path in objects(f"ops_{isa}")
+        for kind, name in symbols(path)
+        if kind == "t"
+    }
+    functions = instructions(library())
+    wide = {
+        name: sorted(mnemonic for mnemonic in functions[name] if mnemonic.startswith("v"))
+        for name in portable - copies
+        if name in functions
+    }
+    assert len(wide) > 100
+    assert not {name: found for name, found in wide.items() if found}
+    assert any("vfmadd231ps" in found for found in functions.values()), "no AVX in the library"
 
 
 def test_library_exports_only_the_c_interface() -> None:

@@ -41,5 +41,5 @@ def test_bad_arguments() -> None:
         silu_mul(torch.ones(2, 3), torch.ones(3, 2))
     with pytest.raises(TypeError, match="silu_mul: b must be float32 like a; got bfloat16"):
         silu_mul(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bfloat16))
-    with pytest.raises(TypeError, match="silu_mul: a must be float32, .*; got complex64"):
+    with pytest.raises(TypeError, match=r"silu_mul: a must be float32, .*; got complex64"):
         silu_mul(torch.ones(2, 3, dtype=torch.complex64))

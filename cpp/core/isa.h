@@ -1,9 +1,10 @@
 // Instruction sets. Every cpp/ops/{op}.cpp is compiled once per instruction set, with MEGALODON_ISA naming the
 // namespace its kernels live in; the one to run is chosen at each call by active_isa().
 //
-// Only the portable compilation defines MEGALODON_ENTRY and with it the checks and the C functions. Code that the
-// wider compilations see must be a template or `static`, or live in namespace MEGALODON_ISA: anything else could be
-// merged by the linker into a wide version that an older CPU cannot run (tests/test_build.py looks for such symbols).
+// Only the portable compilation defines MEGALODON_ENTRY and with it the checks and the C functions. What the wider
+// compilations define must live in namespace MEGALODON_ISA or be `static` or inline. Of an inline function outside that
+// namespace the linker keeps one copy, the first: the portable objects are linked first, so it is one that any CPU runs
+// (tests/test_build.py reads the instructions).
 #pragma once
 
 #include <cstdint>
