@@ -77,8 +77,28 @@ def test_streams(isa: str, cut: int) -> None:
     torch.testing.assert_close(h1, h, rtol=1e-11, atol=1e-11)
 
 
-def test_gradients_of_many_wavelets_by_auto(isa: str) -> None:
-    """auto takes the transforms backward here, the scan forward."""
-    args = arguments(F32, 2, 300, 5, 33, True)
+@pytest.mark.parametrize(
+    ("N", "L", "transforms"), [(16, 256, True), (16, 255, False), (15, 256, False)]
+)
+@pytest.mark.parametrize("state", [False, True], ids=["stateless", "state"])
+def test_auto_takes_the_transforms_backward(
+    isa: str, N: int, L: int, transforms: bool, state: bool
+) -> None:
+    """Bit for bit the algorithm that the rule in cema.h names; forward always the scan."""
+    x, *p, h0 = arguments(F32, 2, L, 5, N, state)
+    dy = Maker(F32, seed=1).activation(2, L, 5)
+    backward = torch.ops.megalodon.cema_backward
+    auto, scan, by_fft = (
+        backward(dy, None, x, *p, h0, None, name) for name in ("auto", "scan", "fft")
+    )
+    chosen = by_fft if transforms and not state else scan
+    assert all(torch.equal(a, b) for a, b in zip(auto, chosen, strict=True))
+    assert not torch.equal(scan[0], by_fft[0])
+    for a, b in zip(OP.overload(x, *p, h0), OP.overload(x, *p, h0, None, "scan"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_by_auto(isa: str) -> None:
+    args = arguments(F32, 2, 300, 5, 16, False)
     check_forward(OP, args)
     check_gradients(OP, args)

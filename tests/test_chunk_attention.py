@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megalodon_ops import chunk_attention, qk_norm_rope, registry
+from megalodon_ops import chunk_attention, kernels, qk_norm_rope, registry
 from megalodon_ops._library import Maker
 from megalodon_ops.reference.chunk_attention import dropkey_mask
 
@@ -111,6 +111,20 @@ def test_streams(cuts: list[int], C: int, dropout_p: float) -> None:
     want = torch.autograd.grad((whole * weight).sum(), leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_cache_gradients_of_empty_keys_or_rows_are_written() -> None:
+    """Of uninitialised memory: what the kernel leaves out shows as NaN."""
+    make = Maker(F64)
+    for L, S in ((0, 4), (0, 0), (3, 0)):
+        q, k, v = qkv(F64, 1, L, 1, S, 3)
+        caches = make.activation(1, 8, 1, S), make.activation(1, 8, 1, 3), torch.tensor([2])
+        o, lse = OP.overload(q, k, v, 8, 0.0, 0, None, *caches)
+        out = tuple(torch.full_like(t, math.nan) for t in (q, k, v, *caches[:2]))
+        kernels.chunk_attention_backward(
+            torch.ones_like(o), q, k, v, o, lse, 8, 0.0, 0, None, *caches, out=out
+        )
+        assert all(t.isfinite().all() for t in out)
 
 
 def test_cache_gradients_are_zero_beyond_the_filled_slots() -> None:

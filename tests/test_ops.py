@@ -202,6 +202,19 @@ def test_wrong_dtype_and_missing_arguments_are_type_errors(op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_more_than_there_is_memory_for_is_an_error(op: Op) -> None:
+    """2^46 elements: an expanded tensor costs nothing until it, or its output, is allocated."""
+    args = list(samples(op, torch.float32)[0].args)
+    huge = torch.zeros(()).expand(1, 2**43, 8)
+    if op.name == "cema_kernel":
+        args[-1] = 2**43
+    else:
+        args[next(i for i, a in enumerate(args) if is_float(a))] = huge
+    with pytest.raises(RuntimeError, match="allocate"):
+        op.overload(*args)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_meta_tensors_give_shapes(op: Op) -> None:
     for sample in samples(op, torch.bfloat16):
         meta = [a.to("meta") if isinstance(a, Tensor) else a for a in sample.args]

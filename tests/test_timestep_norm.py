@@ -189,11 +189,12 @@ def test_large_values(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_a_large_mean_does_not_cancel(isa: str) -> None:
+    """What is left is the rounding of a step's mean; E[x^2] - M^2 would be wrong by 10."""
     x = torch.randn(2, 100, 64) + 1e4
     args = (torch.zeros(64), torch.zeros(64), 4)
     _, _, _, var, _, _ = timestep_norm(x, *args)
     want = timestep_norm(x.double(), *(t.double() for t in args[:2]), 4)[3]
-    torch.testing.assert_close(var.double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(var.double(), want, rtol=2e-4, atol=0)
 
 
 def test_nan_stays_in_its_group_and_after_its_step() -> None:

@@ -52,12 +52,16 @@ struct CemaShape {
   }
 };
 
-// What auto means. The scan costs 6 N FMA per element forward and 22 N backward, the transforms about as much as 200
-// FMA forward and 300 backward, whatever N, and 2 N more for the last state. Measured (float32, AVX-512, one thread, L
-// from 256 to 8192): forward the scan is faster up to N = 32, and beyond unless the wavelets have decayed, which the
-// shape does not tell; backward the transforms take 0.2 to 0.9 of the scan's time from N = 32 on, and are even with it
-// at 16.
-constexpr int64_t kFftBackwardWavelets = 32;
+// What auto means, by measurement: float32, one thread, D = 256, the least time of 7 to 9 rounds run in turn on a busy
+// machine. Backward, only cells where the scan repeats itself to 15% count.
+//   forward   the scan. fft / scan is 1.3 to 2.9 at N = 16 (L 256 to 4096). From N = 24 on it is 0.5 to 1.9 where the
+//             wavelets have decayed and 1.3 to 2.7 where they last, which the shape does not tell.
+//   backward  without states, the transforms: 0.24 to 0.94 at N = 16 in all such cells (L 256 to 4096, AVX2 and
+//   AVX-512,
+//             decayed and lasting), less at larger N; 1.2 to 1.4 at L = 64, and at N = 8 on either side of 1.
+//             With dh or h0, the scan: the sums from and to the states cost 4 N to 8 N more, and the ratio is between
+//             0.2 and 5 with the decay, L and the instruction set.
+constexpr int64_t kFftBackwardWavelets = 16;
 constexpr int64_t kFftBackwardSteps = 256;
 
 struct CemaForward : CemaShape {
@@ -119,7 +123,9 @@ struct CemaBackward : CemaShape {
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 3, 7); }
   CemaAlgorithm automatic() const {
-    return N >= kFftBackwardWavelets && L >= kFftBackwardSteps ? CemaAlgorithm::kFft : CemaAlgorithm::kScan;
+    const bool stateless = dh == nullptr && h0 == nullptr;
+    const bool large = N >= kFftBackwardWavelets && L >= kFftBackwardSteps;
+    return stateless && large ? CemaAlgorithm::kFft : CemaAlgorithm::kScan;
   }
   int64_t workspace_bytes() const {
     if (algorithm == CemaAlgorithm::kScan) return scan_bytes();

@@ -89,7 +89,7 @@ template <class T>
 void backward(const ChunkAttentionBackward& args) {
   using A = stat_t<T>;
   const int64_t rows = args.B * args.L * args.H;
-  if (args.k_cache != nullptr) {
+  if (args.cached) {
     std::memset(args.dk_cache, 0, args.B * args.C * args.H * args.S * sizeof(T));
     std::memset(args.dv_cache, 0, args.B * args.C * args.H * args.E * sizeof(T));
   }

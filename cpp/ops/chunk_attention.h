@@ -34,6 +34,7 @@ struct ChunkAttention {
   int64_t B, L, H, S, E, C;
   int64_t seed;
   uint32_t drop_below;  // floor(dropout_p 2^32)
+  bool cached;          // whether there are caches; an empty one may have no memory
   int64_t chunks;       // that a row's tokens may lie in
   int64_t scratch;      // elements per slot
 };
@@ -124,6 +125,7 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, con
   args.C = chunk_size;
   args.seed = seed;
   args.drop_below = static_cast<uint32_t>(std::floor(dropout_p * 4294967296.0));
+  args.cached = given;
   args.chunks = chunks_of(args.L, args.C, given);
   return t;
 }
@@ -139,7 +141,7 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
   const DType stat = stat_dtype(args.dtype);
   args.o = out.like(c, "o", t.v);
   args.lse = out.next(c, "lse", stat, {args.B, args.H, args.L});
-  const int64_t keys = keys_of_chunk(args.L, args.C, t.k_cache.present);
+  const int64_t keys = keys_of_chunk(args.L, args.C, args.cached);
   const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32), Q = args.kQueries;
   args.tiles = ceil_div(queries_of_chunk(args.L, args.C), Q);
   args.key_rows = keys < args.kKeys ? keys : args.kKeys;
@@ -169,7 +171,7 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   args.dv = out.like(c, "dv", t.v);
   args.dk_cache = out.gradient(c, "dk_cache", t.k_cache, args.dtype);
   args.dv_cache = out.gradient(c, "dv_cache", t.v_cache, args.dtype);
-  const int64_t keys = keys_of_chunk(args.L, args.C, t.k_cache.present);
+  const int64_t keys = keys_of_chunk(args.L, args.C, args.cached);
   const int64_t queries = queries_of_chunk(args.L, args.C);
   const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32), K = args.kKeys;
   const int64_t heads = args.B * args.H * args.chunks;

@@ -7,7 +7,7 @@
 // Mapping   tasks are groups of channels; a task transforms its kernels once and walks through the batch.
 // Traffic   per element of x about 8 log2(H) vector operations forward (two transforms), 12 log2(H) backward, plus one
 //           transform of k (two with dk) per channel. Compute-bound while 128 H bytes stay in L2, L3-bound beyond.
-// Numerics  constants made in float64; float32 (float64 for float64) arithmetic: relative RMS error about 2e-7. A
+// Numerics  constants made in float64; float32 (float64 for float64) arithmetic: relative RMS error below 3e-7. A
 //           transform spreads rounding over the whole row: y_t depends on later x by rounding alone, at the scale of
 //           the row's largest values. dk is summed over the batch in order: deterministic for any number of threads.
 // Limits    a NaN or inf spreads over its row and channel, backwards in time too. Up to 64 slots of 256 H bytes of
