@@ -29,6 +29,13 @@ def library() -> Path:
     return path
 
 
+def linked_library() -> Path:
+    """The library as the linker left it, with its symbols: an installed one has been stripped."""
+    tree, installed = build_tree(), library()
+    linked = None if tree is None else tree / installed.name
+    return linked if linked is not None and linked.exists() else installed
+
+
 def missing(what: str) -> NoReturn:
     """Skips the test, or fails it in CI, where nothing may be missing."""
     if os.environ.get("CI"):

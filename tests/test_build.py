@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from build_tree import ROOT, build_tree, library, missing
+from build_tree import ROOT, build_tree, library, linked_library, missing
 
 from megalodon_ops import _C, registry
 
@@ -86,7 +86,7 @@ def test_no_wide_instruction_where_any_cpu_runs() -> None:
         for kind, name in symbols(path)
         if kind == "t"
     }
-    functions = instructions(library())
+    functions = instructions(linked_library())
     wide = {
         name: sorted(mnemonic for mnemonic in functions[name] if mnemonic.startswith("v"))
         for name in portable - copies
