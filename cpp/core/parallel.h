@@ -29,10 +29,11 @@ void parallel_for(int64_t count, int64_t grain, Body&& body) {
 // A range of `count` items cut into at most `most` parts of at least `least` items, by its size alone: partial sums
 // over these parts, added in order, are the same numbers whatever the number of threads.
 struct Parts {
+  static constexpr int64_t kMaxParts = 64;  // unless said otherwise
   int64_t count;
   int64_t parts;
 
-  static constexpr Parts of(int64_t count, int64_t least, int64_t most = 64) {
+  static constexpr Parts of(int64_t count, int64_t least, int64_t most = kMaxParts) {
     const int64_t wanted = (count + least - 1) / least;
     return {count, wanted < 1 ? 1 : wanted > most ? most : wanted};
   }

@@ -202,6 +202,6 @@ void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), 
 #else
 #define MEGALODON_CUDA_KERNEL(NAME, ARGS)            \
   namespace megalodon::cuda {                        \
-  inline constexpr CudaKernel<ARGS> NAME = nullptr;  \
+  constexpr CudaKernel<ARGS> NAME = nullptr;         \
   }
 #endif
