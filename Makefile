@@ -28,6 +28,7 @@ help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: $(VENV)/.built  ## Make .venv and install the package and the development tools into it (others do it too)
+	@:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import rows
+from harness import lines, rows
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,9 +49,11 @@ def _commit() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    write = terminalreporter.write_line
+    for line in ["", *lines] if lines else []:
+        write(line)
     if not rows:
         return
-    write = terminalreporter.write_line
     write("")
     write(
         f"{'op':22}{'shape':20}{'dtype':10}{'pass':18}{'ours ms':>10}{'floor':>7}"

@@ -46,6 +46,7 @@ class Row:
 
 
 rows: list[Row] = []
+lines: list[str] = []  # of benches that are no op's, printed before the table
 
 
 def _time(call: Callable[[], Any], repeats: int) -> float:

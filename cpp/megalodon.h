@@ -92,6 +92,30 @@ MEGALODON_API void megalodon_set_parallel_for(megalodon_parallel_for engine);
 MEGALODON_API int megalodon_set_num_threads(int64_t count);
 MEGALODON_API int64_t megalodon_num_threads(void); /* of our own pool */
 
+/* cema_kernel: k_t = Re sum_n c_n q_n^t, the impulse response of cema without omega. Parameters as for cema, float32 or
+ * float64; k, dk (D, length). */
+MEGALODON_API int megalodon_cema_kernel_forward_outputs(const DLTensor* alpha, const DLTensor* delta,
+                                                        const DLTensor* theta, const DLTensor* gamma, int64_t length,
+                                                        megalodon_spec* outputs);
+MEGALODON_API int megalodon_cema_kernel_forward(const DLTensor* alpha, const DLTensor* delta, const DLTensor* theta,
+                                                const DLTensor* gamma, int64_t length, DLTensor* k,
+                                                DLTensor* workspace, void* stream);
+MEGALODON_API int megalodon_cema_kernel_backward_outputs(const DLTensor* dk, const DLTensor* alpha,
+                                                         const DLTensor* delta, const DLTensor* theta,
+                                                         const DLTensor* gamma, megalodon_spec* outputs);
+MEGALODON_API int megalodon_cema_kernel_backward(const DLTensor* dk, const DLTensor* alpha, const DLTensor* delta,
+                                                 const DLTensor* theta, const DLTensor* gamma, DLTensor* dalpha,
+                                                 DLTensor* ddelta, DLTensor* dtheta, DLTensor* dgamma,
+                                                 DLTensor* workspace, void* stream);
+
+/* fft_conv: y_t = sum over s <= t of k_s x_(t-s), a causal convolution per channel. x, y (B, L, D); k (D, L). */
+MEGALODON_API int megalodon_fft_conv_forward_outputs(const DLTensor* x, const DLTensor* k, megalodon_spec* outputs);
+MEGALODON_API int megalodon_fft_conv_forward(const DLTensor* x, const DLTensor* k, DLTensor* y, DLTensor* workspace,
+                                             void* stream);
+MEGALODON_API int megalodon_fft_conv_backward_outputs(const DLTensor* dy, const DLTensor* x, const DLTensor* k,
+                                                      megalodon_spec* outputs);
+MEGALODON_API int megalodon_fft_conv_backward(const DLTensor* dy, const DLTensor* x, const DLTensor* k, DLTensor* dx,
+                                              DLTensor* dk, DLTensor* workspace, void* stream);
 /* cema: h_t = a x_t + q h_(t-1), y_t = Re sum_n g h_t + omega x_t. x, y, dy, dx (B, L, D); alpha, delta (D, N);
  * theta, omega (D); gamma (D, N, 2); h0, h, dh, dh0 (B, D, N, 2), last axis (re, im). h0, dh, cu_seqlens optional.
  * algorithm: "auto", "scan" or "fft". */
@@ -114,6 +138,81 @@ MEGALODON_API int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh
                                           const DLTensor* cu_seqlens, const char* algorithm, DLTensor* dx,
                                           DLTensor* dalpha, DLTensor* ddelta, DLTensor* dtheta, DLTensor* dgamma,
                                           DLTensor* domega, DLTensor* dh0, DLTensor* workspace, void* stream);
+/* chunk_attention: causal softmax attention inside chunks of chunk_size tokens, nothing across chunks; scores unscaled.
+ * q, k (B, L, H, S); v, o (B, L, H, E); lse (B, H, L). Token 0 of row b stands at position[b]; the tokens of its chunk
+ * that came before are k_cache (B, C, H, S), v_cache (B, C, H, E), [:, :position % C]; the three all or none. DropKey
+ * with dropout_p and seed. */
+MEGALODON_API int megalodon_chunk_attention_forward_outputs(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                                            int64_t chunk_size, double dropout_p, int64_t seed,
+                                                            const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                            const DLTensor* v_cache, const DLTensor* position,
+                                                            megalodon_spec* outputs);
+MEGALODON_API int megalodon_chunk_attention_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                                    int64_t chunk_size, double dropout_p, int64_t seed,
+                                                    const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                    const DLTensor* v_cache, const DLTensor* position, DLTensor* o,
+                                                    DLTensor* lse, DLTensor* workspace, void* stream);
+MEGALODON_API int megalodon_chunk_attention_backward_outputs(const DLTensor* dout, const DLTensor* q, const DLTensor* k,
+                                                             const DLTensor* v, const DLTensor* o, const DLTensor* lse,
+                                                             int64_t chunk_size, double dropout_p, int64_t seed,
+                                                             const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                             const DLTensor* v_cache, const DLTensor* position,
+                                                             megalodon_spec* outputs);
+MEGALODON_API int megalodon_chunk_attention_backward(const DLTensor* dout, const DLTensor* q, const DLTensor* k,
+                                                     const DLTensor* v, const DLTensor* o, const DLTensor* lse,
+                                                     int64_t chunk_size, double dropout_p, int64_t seed,
+                                                     const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                     const DLTensor* v_cache, const DLTensor* position, DLTensor* dq,
+                                                     DLTensor* dk, DLTensor* dv, DLTensor* dk_cache, DLTensor* dv_cache,
+                                                     DLTensor* workspace, void* stream);
+
+/* chunk_attention_step: writes k (B, H, S), v (B, H, E) to slot position[b] % chunk_size of k_cache (B, C, H, S),
+ * v_cache (B, C, H, E) and attends with q (B, H, S) to that slot and those below. o (B, H, E); position (B). */
+MEGALODON_API int megalodon_chunk_attention_step_forward_outputs(const DLTensor* q, const DLTensor* k,
+                                                                 const DLTensor* v, DLTensor* k_cache,
+                                                                 DLTensor* v_cache, const DLTensor* position,
+                                                                 int64_t chunk_size, megalodon_spec* outputs);
+MEGALODON_API int megalodon_chunk_attention_step_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                                         DLTensor* k_cache, DLTensor* v_cache, const DLTensor* position,
+                                                         int64_t chunk_size, DLTensor* o, DLTensor* workspace,
+                                                         void* stream);
+
+/* qk_norm_rope: z (B, L, H S) normalised per head, scaled by (gamma + 1) / sqrt(S), shifted by beta and rotated by the
+ * token's place in its chunk. gamma, beta (2, H S), row 0 for q; position (B) or NULL: 0; q, k (B, L, H, S);
+ * rstd (B, L, H). */
+MEGALODON_API int megalodon_qk_norm_rope_forward_outputs(const DLTensor* z, const DLTensor* gamma, const DLTensor* beta,
+                                                         int64_t num_heads, int64_t chunk_size, double rope_base,
+                                                         const DLTensor* position, double eps,
+                                                         const DLTensor* cu_seqlens, megalodon_spec* outputs);
+MEGALODON_API int megalodon_qk_norm_rope_forward(const DLTensor* z, const DLTensor* gamma, const DLTensor* beta,
+                                                 int64_t num_heads, int64_t chunk_size, double rope_base,
+                                                 const DLTensor* position, double eps, const DLTensor* cu_seqlens,
+                                                 DLTensor* q, DLTensor* k, DLTensor* rstd, DLTensor* workspace,
+                                                 void* stream);
+MEGALODON_API int megalodon_qk_norm_rope_backward_outputs(const DLTensor* dq, const DLTensor* dk, const DLTensor* z,
+                                                          const DLTensor* gamma, const DLTensor* beta,
+                                                          const DLTensor* rstd, int64_t num_heads, int64_t chunk_size,
+                                                          double rope_base, const DLTensor* position, double eps,
+                                                          const DLTensor* cu_seqlens, megalodon_spec* outputs);
+MEGALODON_API int megalodon_qk_norm_rope_backward(const DLTensor* dq, const DLTensor* dk, const DLTensor* z,
+                                                  const DLTensor* gamma, const DLTensor* beta, const DLTensor* rstd,
+                                                  int64_t num_heads, int64_t chunk_size, double rope_base,
+                                                  const DLTensor* position, double eps, const DLTensor* cu_seqlens,
+                                                  DLTensor* dz, DLTensor* dgamma, DLTensor* dbeta, DLTensor* workspace,
+                                                  void* stream);
+
+/* layer_norm: y = (x - mean) / sqrt(var + eps) * (weight + 1) + bias, biased variance; weight and bias both or neither.
+ * x, y (..., D); weight, bias (D); mean, rstd (...). */
+MEGALODON_API int megalodon_layer_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                                       double eps, megalodon_spec* outputs);
+MEGALODON_API int megalodon_layer_norm_forward(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                               double eps, DLTensor* y, DLTensor* mean, DLTensor* rstd, void* stream);
+MEGALODON_API int megalodon_layer_norm_backward_outputs(const DLTensor* dy, const DLTensor* x, const DLTensor* weight,
+                                                        const DLTensor* mean, const DLTensor* rstd,
+                                                        megalodon_spec* outputs);
+MEGALODON_API int megalodon_layer_norm_backward(const DLTensor* dy, const DLTensor* x, const DLTensor* weight,
+                                                const DLTensor* mean, const DLTensor* rstd, DLTensor* dx,
+                                                DLTensor* dweight, DLTensor* dbias, DLTensor* workspace, void* stream);
 
 /* rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + 1). x, y (..., D); weight (D); rstd (...). */
 MEGALODON_API int megalodon_rms_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, double eps,
@@ -125,6 +224,43 @@ MEGALODON_API int megalodon_rms_norm_backward_outputs(const DLTensor* dy, const 
 MEGALODON_API int megalodon_rms_norm_backward(const DLTensor* dy, const DLTensor* x, const DLTensor* weight,
                                               const DLTensor* rstd, DLTensor* dx, DLTensor* dweight,
                                               DLTensor* workspace, void* stream);
+
+/* silu_mul: y = silu(a) * b, or silu(a) without b; silu(u) = u / (1 + exp(-u)). a, b, y of one shape. */
+MEGALODON_API int megalodon_silu_mul_forward_outputs(const DLTensor* a, const DLTensor* b, megalodon_spec* outputs);
+MEGALODON_API int megalodon_silu_mul_forward(const DLTensor* a, const DLTensor* b, DLTensor* y, void* stream);
+MEGALODON_API int megalodon_silu_mul_backward_outputs(const DLTensor* dy, const DLTensor* a, const DLTensor* b,
+                                                      megalodon_spec* outputs);
+MEGALODON_API int megalodon_silu_mul_backward(const DLTensor* dy, const DLTensor* a, const DLTensor* b, DLTensor* da,
+                                              DLTensor* db, void* stream);
+/* timestep_norm: every group of D / num_groups channels normalised by its mean and variance over all time steps so far,
+ * which is also a state that streams: ops/timestep_norm.h. x, y (B, L, D); weight, bias (D); count (B); mean, var (B,
+ * G), given all three or none; padding_mask (B, L), true = padded; step_mean, step_rstd (B, L, G). */
+MEGALODON_API int megalodon_timestep_norm_forward_outputs(const DLTensor* x, const DLTensor* weight,
+                                                          const DLTensor* bias, int64_t num_groups, double eps,
+                                                          const DLTensor* count, const DLTensor* mean,
+                                                          const DLTensor* var, const DLTensor* padding_mask,
+                                                          const DLTensor* cu_seqlens, megalodon_spec* outputs);
+MEGALODON_API int megalodon_timestep_norm_forward(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                                  int64_t num_groups, double eps, const DLTensor* count,
+                                                  const DLTensor* mean, const DLTensor* var,
+                                                  const DLTensor* padding_mask, const DLTensor* cu_seqlens, DLTensor* y,
+                                                  DLTensor* last_count, DLTensor* last_mean, DLTensor* last_var,
+                                                  DLTensor* step_mean, DLTensor* step_rstd, void* stream);
+MEGALODON_API int megalodon_timestep_norm_backward_outputs(const DLTensor* dy, const DLTensor* dmean,
+                                                           const DLTensor* dvar, const DLTensor* x,
+                                                           const DLTensor* weight, const DLTensor* count,
+                                                           const DLTensor* mean, const DLTensor* var,
+                                                           const DLTensor* padding_mask, const DLTensor* cu_seqlens,
+                                                           const DLTensor* step_mean, const DLTensor* step_rstd,
+                                                           int64_t num_groups, double eps, megalodon_spec* outputs);
+MEGALODON_API int megalodon_timestep_norm_backward(const DLTensor* dy, const DLTensor* dmean, const DLTensor* dvar,
+                                                   const DLTensor* x, const DLTensor* weight, const DLTensor* count,
+                                                   const DLTensor* mean, const DLTensor* var,
+                                                   const DLTensor* padding_mask, const DLTensor* cu_seqlens,
+                                                   const DLTensor* step_mean, const DLTensor* step_rstd,
+                                                   int64_t num_groups, double eps, DLTensor* dx, DLTensor* dweight,
+                                                   DLTensor* dbias, DLTensor* dmean0, DLTensor* dvar0,
+                                                   DLTensor* workspace, void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */

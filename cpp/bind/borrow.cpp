@@ -1,5 +1,6 @@
 #include "bind/borrow.h"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -220,22 +221,40 @@ void* Borrowed::stream() const {
   return reinterpret_cast<void*>(py::module_::import(owner).attr(call)().attr(address).cast<uintptr_t>());
 }
 
-py::object allocate(const Borrowed& like, const megalodon_spec& spec) {
-  const bool like_dtype = same(spec.dtype, const_cast<Borrowed&>(like).tensor()->dtype);
-  if (like.family() == Family::kTorch) {
-    static const py::handle empty = py::object(torch_module().attr("empty")).release();
-    static const py::handle keywords = py::make_tuple("dtype", "device").release();
-    const py::object dtype =
-        like_dtype ? like.object().attr("dtype")
-                   : torch_module().attr(spec.dtype.code == kDLBool ? "bool" : dtype_attribute(spec.dtype));
-    const py::object device = like.object().attr("device");
+namespace {
+
+// empty_like and new_empty are the cheapest of torch's allocations from Python: most of a small call's time is here.
+py::object allocate_torch(py::handle like, bool like_dtype, bool like_shape, const megalodon_spec& spec) {
+  static const py::handle empty_like = py::object(torch_module().attr("empty_like")).release();
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+  static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
+  PyObject* made = nullptr;
+  if (like_dtype && like_shape) {
+    made = PyObject_CallOneArg(empty_like.ptr(), like.ptr());
+  } else {
     const py::tuple shape = shape_tuple(spec);
-    PyObject* arguments[] = {shape.ptr(), dtype.ptr(), device.ptr()};
-    PyObject* made = PyObject_Vectorcall(empty.ptr(), arguments, 1, keywords.ptr());
-    if (made == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(made);
+    py::object dtype;
+    if (!like_dtype) dtype = torch_module().attr(spec.dtype.code == kDLBool ? "bool" : dtype_attribute(spec.dtype));
+    PyObject* arguments[] = {like.ptr(), shape.ptr(), dtype.ptr()};
+    made = PyObject_VectorcallMethod(new_empty, arguments, 2, like_dtype ? nullptr : keywords);
   }
-  const bool on_host = const_cast<Borrowed&>(like).tensor()->device.device_type == kDLCPU;
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+bool same_shape(const DLTensor& tensor, const megalodon_spec& spec) {
+  return tensor.ndim == spec.ndim && std::equal(spec.shape, spec.shape + spec.ndim, tensor.shape);
+}
+
+}  // namespace
+
+py::object allocate(const Borrowed& like, const megalodon_spec& spec) {
+  const DLTensor& tensor = *const_cast<Borrowed&>(like).tensor();
+  const bool like_dtype = same(spec.dtype, tensor.dtype);
+  if (like.family() == Family::kTorch) {
+    return allocate_torch(like.object(), like_dtype, same_shape(tensor, spec), spec);
+  }
+  const bool on_host = tensor.device.device_type == kDLCPU;
   const py::module_ library = py::module_::import(on_host ? "numpy" : "cupy");
   const py::object dtype = like_dtype && py::hasattr(like.object(), "dtype")
                                ? py::object(like.object().attr("dtype"))

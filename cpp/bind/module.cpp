@@ -146,10 +146,26 @@ void define(py::module_& module, const char* name, Specs specs_of, Run run) {
 #define MEGALODON_DEFINE(name) define(module, #name, megalodon_##name##_outputs, megalodon_##name)
 
 PYBIND11_MODULE(MEGALODON_EXTENSION, module) {
+PYBIND11_MODULE(_C, module) {
+  MEGALODON_DEFINE(cema_kernel_forward);
+  MEGALODON_DEFINE(cema_kernel_backward);
+  MEGALODON_DEFINE(fft_conv_forward);
+  MEGALODON_DEFINE(fft_conv_backward);
   MEGALODON_DEFINE(cema_forward);
   MEGALODON_DEFINE(cema_backward);
+  MEGALODON_DEFINE(chunk_attention_forward);
+  MEGALODON_DEFINE(chunk_attention_backward);
+  MEGALODON_DEFINE(chunk_attention_step_forward);
+  MEGALODON_DEFINE(layer_norm_forward);
+  MEGALODON_DEFINE(layer_norm_backward);
+  MEGALODON_DEFINE(qk_norm_rope_forward);
+  MEGALODON_DEFINE(qk_norm_rope_backward);
   MEGALODON_DEFINE(rms_norm_forward);
   MEGALODON_DEFINE(rms_norm_backward);
+  MEGALODON_DEFINE(silu_mul_forward);
+  MEGALODON_DEFINE(silu_mul_backward);
+  MEGALODON_DEFINE(timestep_norm_forward);
+  MEGALODON_DEFINE(timestep_norm_backward);
 
   module.def("version", [] { return megalodon_version(); });
   module.def("cuda_version", [] { return megalodon_cuda_version(); });

@@ -11,7 +11,7 @@
 // Nothing cancels: rho is sigmoid(-alpha) + sigmoid(alpha) sigmoid(-delta), and every derivative of a sigmoid is the
 // product sigmoid(u) sigmoid(-u), so values and gradients keep full relative precision where the sigmoids saturate.
 //
-// Everything is written for V = double and V = Vec<double> (one channel per lane).
+// Everything is written for V = double and V = Vec<double> (usually one channel per lane).
 #pragma once
 
 #include <cmath>
@@ -51,13 +51,16 @@ struct Wavelet {
   V rho, phi;
   V cosine, sine;  // of phi
 
-  // From sigmoid(theta), which the N wavelets of a channel share.
+  // From sigmoid(theta), which the N wavelets of a channel share. `at` takes n as V: lanes may be wavelets too.
   static Wavelet of(V alpha, V delta, const Sigmoid<V>& theta, int64_t n, int64_t N) {
+    return at(alpha, delta, theta, V{} + static_cast<double>(n), N);
+  }
+  static Wavelet at(V alpha, V delta, const Sigmoid<V>& theta, V n, int64_t N) {
     Wavelet w;
     w.alpha = Sigmoid<V>::of(alpha);
     w.delta = Sigmoid<V>::of(delta);
     w.theta = theta;
-    w.step = V{} + static_cast<double>(n) * (kTwoPi / static_cast<double>(N));
+    w.step = n * (kTwoPi / static_cast<double>(N));
     w.rho = w.alpha.rest + w.alpha.value * w.delta.rest;
     w.phi = w.step * theta.value;
     sincos(w.phi, w.sine, w.cosine);

@@ -133,6 +133,14 @@ inline void store(T* p, Vec<stat_t<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// The first n lanes; the others become 0.
+template <class V>
+inline V first_lanes(V v, int64_t n) {
+  constexpr int kCount = sizeof(V) / sizeof(v[0]);
+  for (int i = 0; i < kCount; ++i) v[i] = i < n ? v[i] : 0;
+  return v;
+}
+
 // One element.
 template <class T>
 inline stat_t<T> load_one(const T* p) {

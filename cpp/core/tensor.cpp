@@ -179,9 +179,14 @@ Tensor Checker::activation(const char* name, const DLTensor* tensor, std::initia
   return out;
 }
 
-Tensor Checker::rows(const char* name, const DLTensor* tensor) {
+Tensor Checker::elements(const char* name, const DLTensor* tensor) {
   const Tensor out = view(name, tensor);
   if (!is_activation(out.dtype)) fail(MEGALODON_TYPE_ERROR, name, kActivationTypes, dtype_text(out.dtype));
+  return out;
+}
+
+Tensor Checker::rows(const char* name, const DLTensor* tensor) {
+  const Tensor out = elements(name, tensor);
   require(out.ndim >= 1, name, "[..., D]", "[]");
   return out;
 }
@@ -243,6 +248,15 @@ void Checker::positive(const char* name, double value) const {
   char text[32];
   std::snprintf(text, sizeof text, "%g", value);
   fail(MEGALODON_VALUE_ERROR, name, "positive and finite", text);
+}
+
+void Checker::not_negative(const char* name, const int64_t* values, int64_t count) const {
+  if (values == nullptr || device_.device_type != kDLCPU) return;
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] >= 0) continue;
+    fail(MEGALODON_VALUE_ERROR, name, "at least 0 everywhere",
+         std::to_string(values[i]) + " at [" + std::to_string(i) + "]");
+  }
 }
 
 void Checker::no_cu_seqlens(const DLTensor* cu_seqlens) const {

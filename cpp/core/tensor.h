@@ -59,6 +59,8 @@ class Checker {
 
   // An activation of any of the four types and exactly these dimensions.
   Tensor activation(const char* name, const DLTensor* tensor, std::initializer_list<Dim> dims);
+  // An activation of any shape.
+  Tensor elements(const char* name, const DLTensor* tensor);
   // An activation (..., D): at least one dimension.
   Tensor rows(const char* name, const DLTensor* tensor);
   // A tensor of this type and exactly these dimensions.
@@ -77,6 +79,8 @@ class Checker {
   }
   void at_least(const char* name, int64_t value, int64_t least) const;
   void positive(const char* name, double value) const;  // and finite
+  // The elements of an int64 tensor, which are data: read on the CPU alone. nullptr is right.
+  void not_negative(const char* name, const int64_t* values, int64_t count) const;
   // Throws NotImplementedError if the optional cu_seqlens is given.
   void no_cu_seqlens(const DLTensor* cu_seqlens) const;
 

@@ -13,11 +13,13 @@
 //           float64 x); between blocks the state is float64 and what was carried in is advanced by q^T in float64, so
 //           that the rounding of q does not add up over L. Gradients of parameters: float32 sums over a block, float64
 //           over blocks and rows, in a fixed order.
+//           A forward pass of a few steps, as in decoding, runs over the wavelets of a channel instead (cema_short.h).
 // Limits    none on B, L, D; N >= 1. sigmoid(alpha) below 1e-20 counts as 1e-20 in the scan.
 #include "ops/cema.h"
 
 #include "core/rows.h"
 #include "ops/cema_scan.h"
+#include "ops/cema_short.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
@@ -386,7 +388,10 @@ void backward(const CemaBackward& args) {
 }  // namespace
 
 void cema_forward(const CemaForward& args) {
-  visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return is_short(args) ? forward_short<T>(args) : forward<T>(args);
+  });
 }
 
 void cema_backward(const CemaBackward& args) {
@@ -416,7 +421,7 @@ extern "C" int megalodon_cema_forward(const DLTensor* x, const DLTensor* alpha, 
     Checker c("cema");
     const CemaForward args =
         check_cema(c, x, alpha, delta, theta, gamma, omega, h0, cu_seqlens, algorithm, {y, h, workspace});
-    run_on(c, args, cpu::cema_forward, stream);
+    run_on(c, args, args.algorithm == CemaAlgorithm::kFft ? cpu::cema_fft_forward : cpu::cema_forward, stream);
   });
 }
 
@@ -442,7 +447,7 @@ extern "C" int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh, c
     const CemaBackward args =
         check_cema_backward(c, dy, dh, x, alpha, delta, theta, gamma, omega, h0, cu_seqlens, algorithm,
                             {dx, dalpha, ddelta, dtheta, dgamma, domega, dh0, workspace});
-    run_on(c, args, cpu::cema_backward, stream);
+    run_on(c, args, args.algorithm == CemaAlgorithm::kFft ? cpu::cema_fft_backward : cpu::cema_backward, stream);
   });
 }
 #endif

@@ -12,8 +12,10 @@
 
 #include <string>
 
+#include "core/fft.h"
 #include "core/isa.h"
 #include "core/parallel.h"
+#include "core/powers.h"
 #include "core/tensor.h"
 
 namespace megalodon {
@@ -36,6 +38,18 @@ struct CemaShape {
     return {B, wanted < B ? wanted : B > 0 ? B : 1};
   }
   int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
+
+  // The fft algorithm: points of the transform, constants, and tasks with `arrays` transformed arrays and `rows` rows of
+  // sums per wavelet besides the response, its coefficients and sums, and what a state adds to the output.
+  int64_t fft_length() const { return B * D == 0 ? 0 : L; }  // L, unless there is nothing of that length
+  int64_t fft_size() const { return fft_points(fft_length()); }
+  int64_t fft_table(DType dtype) const { return fft_table_bytes(fft_size(), stat_dtype(dtype)); }
+  ChannelTasks fft_tasks(DType dtype, int64_t arrays, int64_t rows) const {
+    const int64_t own = powers_bytes(N) + wavelet_rows_bytes(N, 2) + wavelet_rows_bytes(N, 4) +
+                        fft_array_bytes(fft_size()) + fft_length() * kMaxVectorBytes;
+    return ChannelTasks::of(D, stat_dtype(dtype),
+                            own + arrays * fft_array_bytes(fft_size()) + wavelet_rows_bytes(N, rows));
+  }
 };
 
 struct CemaForward : CemaShape {
@@ -55,6 +69,12 @@ struct CemaForward : CemaShape {
   // Coefficients (at most 4 stat and 7 float64 per wavelet) and the running states (2 float64 per wavelet and part).
   int64_t scan_bytes() const {
     return wavelets() * (4 * size_of(stat_dtype(dtype)) + 7 * 8) + parts().parts * wavelets() * 2 * 8;
+  }
+  int64_t fft_table() const { return CemaShape::fft_table(dtype); }
+  ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
+  int64_t workspace_bytes() const {
+    if (algorithm == CemaAlgorithm::kScan) return scan_bytes();
+    return kMaxVectorBytes + fft_table() + fft_tasks().bytes();
   }
 };
 
@@ -87,13 +107,19 @@ struct CemaBackward : CemaShape {
     return wavelets() * (4 * stat + 7 * 8) +
            parts().parts * (wavelets() * (7 * 8 + 2 * stat * blocks()) + columns() * kColumn * 8);
   }
+  int64_t fft_table() const { return CemaShape::fft_table(dtype); }
+  ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 3, 7); }
+  int64_t workspace_bytes() const {
+    if (algorithm == CemaAlgorithm::kScan) return scan_bytes();
+    return kMaxVectorBytes + fft_table() + fft_tasks().bytes();
+  }
 };
 
 static inline CemaAlgorithm check_cema_algorithm(const Checker& c, const char* algorithm) {
   const std::string name = algorithm == nullptr ? "none" : algorithm;
   if (name == "auto" || name == "scan") return CemaAlgorithm::kScan;
   c.require(name == "fft", "algorithm", "auto, scan or fft", name);
-  c.not_implemented("algorithm fft");
+  return CemaAlgorithm::kFft;
 }
 
 // The parameters, in the order of both functions; Args is either of the two.
@@ -105,6 +131,7 @@ static inline void check_cema_parameters(Checker& c, Args& args, const Tensor& x
   const Dim D = x.dim(2, "D");
   const Tensor alpha = c.tensor("alpha", alpha_in, stat, {D, any("N")});
   const Dim N = alpha.dim(1, "N");
+  c.at_least("alpha.shape[1]", N.size, 1);
   args.alpha = alpha.data;
   args.delta = c.tensor("delta", delta_in, stat, {D, N}).data;
   args.theta = c.tensor("theta", theta_in, stat, {D}).data;
@@ -132,7 +159,7 @@ static inline CemaForward check_cema(Checker& c, const DLTensor* x_in, const DLT
   args.algorithm = check_cema_algorithm(c, algorithm);
   args.y = out.like(c, "y", x);
   args.h = out.next(c, "h", stat, {args.B, args.D, args.N, 2});
-  args.workspace = out.workspace(c, args.scan_bytes());
+  args.workspace = out.workspace(c, args.workspace_bytes());
   return args;
 }
 
@@ -160,7 +187,7 @@ static inline CemaBackward check_cema_backward(Checker& c, const DLTensor* dy_in
   args.domega = out.next(c, "domega", stat, {args.D});
   args.dh0 = out.gradient(c, "dh0", h0, stat);
   if (!h0.present) args.dh0 = nullptr;
-  args.workspace = out.workspace(c, args.scan_bytes());
+  args.workspace = out.workspace(c, args.workspace_bytes());
   return args;
 }
 
@@ -168,3 +195,5 @@ static inline CemaBackward check_cema_backward(Checker& c, const DLTensor* dy_in
 
 MEGALODON_CPU_KERNEL(cema_forward, CemaForward)
 MEGALODON_CPU_KERNEL(cema_backward, CemaBackward)
+MEGALODON_CPU_KERNEL(cema_fft_forward, CemaForward)
+MEGALODON_CPU_KERNEL(cema_fft_backward, CemaBackward)

@@ -10,8 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/coefficients.h"
-#include "core/simd.h"
+#include "core/wavelets.h"
 #include "ops/cema.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
@@ -30,95 +29,7 @@ enum : int64_t { kA = 0, kQ64 = 1, kP = 3, kE = 5 };
 template <class A>
 constexpr int64_t kWide = std::is_same_v<A, float> ? 7 : 1;
 
-template <class V>
-struct Complex {
-  V re, im;
-  friend Complex operator*(const Complex& u, const Complex& v) {
-    return {u.re * v.re - u.im * v.im, u.re * v.im + u.im * v.re};
-  }
-  friend Complex operator+(const Complex& u, const Complex& v) { return {u.re + v.re, u.im + v.im}; }
-  friend Complex operator-(const Complex& u, const Complex& v) { return {u.re - v.re, u.im - v.im}; }
-  friend Complex conj(const Complex& u) { return {u.re, -u.im}; }
-};
-
-using Double = Vec<double>;
-constexpr int64_t kDoubles = kLanes<double>;
-
-inline Double load_wide(const double* p) { return load(p); }
-inline Double load_wide(const float* p) {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  Half v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Double);
-}
-inline void store_wide(double* p, Double v) { store(p, v); }
-inline void store_wide(float* p, Double v) {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  const Half half = __builtin_convertvector(v, Half);
-  std::memcpy(p, &half, sizeof half);
-}
-
-// A pair of vectors `lanes` elements apart, from element i on.
-template <class A>
-inline Complex<Double> load_pair(const A* p, int64_t lanes, int64_t i) {
-  return {load_wide(p + i), load_wide(p + lanes + i)};
-}
-template <class A>
-inline void store_pair(A* p, int64_t lanes, int64_t i, const Complex<Double>& v) {
-  store_wide(p + i, v.re);
-  store_wide(p + lanes + i, v.im);
-}
-
-inline Complex<Double> power(Complex<Double> q, int64_t exponent) {  // exponent >= 1
-  while ((exponent & 1) == 0) {
-    q = q * q;
-    exponent >>= 1;
-  }
-  Complex<Double> result = q;
-  while (exponent >>= 1) {
-    q = q * q;
-    if (exponent & 1) result = result * q;
-  }
-  return result;
-}
-
 // ---- tables ----
-
-// Where the raw parameters of `lanes` (at most kDoubles) channels from d on are.
-template <class A>
-struct Parameters {
-  const A* alpha;
-  const A* delta;
-  const A* theta;
-  const A* gamma;
-  int64_t D, N;
-
-  template <class Args>
-  static Parameters of(const Args& args) {
-    return {static_cast<const A*>(args.alpha),
-            static_cast<const A*>(args.delta),
-            static_cast<const A*>(args.theta),
-            static_cast<const A*>(args.gamma),
-            args.D,
-            args.N};
-  }
-  int64_t lanes(int64_t d) const { return D - d < kDoubles ? (D > d ? D - d : 0) : kDoubles; }
-
-  // One number per channel, `stride` apart; channels beyond D give 0.
-  Double gather(const A* p, int64_t d, int64_t stride) const {
-    double lanes_of[kDoubles] = {};
-    const int64_t n = lanes(d);
-    for (int64_t l = 0; l < n; ++l) lanes_of[l] = static_cast<double>(p[(d + l) * stride]);
-    return load(lanes_of);
-  }
-  Sigmoid<Double> frequency(int64_t d) const { return Sigmoid<Double>::of(gather(theta, d, 1)); }
-  Wavelet<Double> wavelet(int64_t d, int64_t n, const Sigmoid<Double>& frequency) const {
-    return Wavelet<Double>::of(gather(alpha + n, d, N), gather(delta + n, d, N), frequency, n + 1, N);
-  }
-  Complex<Double> gamma_of(int64_t d, int64_t n) const {
-    return {gather(gamma + 2 * n, d, 2 * N), gather(gamma + 2 * n + 1, d, 2 * N)};
-  }
-};
 
 // The tables of the vector of channels from d on. The output coefficient is c = a g, or g where `unscaled`. The powers
 // are filled in only if `steps`, the length of a full time block, is not 0.

@@ -186,15 +186,34 @@ class Registry:
 registry = Registry()
 
 
-def _with_defaults(arguments: tuple[Argument, ...], call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` for a dispatcher that leaves out trailing arguments at their default."""
-    count = len(arguments)
-    defaults = tuple(argument.default for argument in arguments)
+def _with_defaults(
+    arguments: tuple[Argument, ...], call: Callable[..., Any], leading: int = 0
+) -> Callable[..., Any]:
+    """``call`` for a dispatcher that leaves out trailing arguments at their default. ``leading``
+    arguments come before those of the schema.
+    """
+    count = len(arguments) + leading
+    defaults = (REQUIRED,) * leading + tuple(argument.default for argument in arguments)
 
     def complete(*args: Any) -> Any:
         return call(*args) if len(args) == count else call(*args, *defaults[len(args) :])
 
     return complete
+
+
+def _plain_key_sets() -> frozenset[int]:
+    """The dispatch keys of calls where nothing stands between autograd and the kernel.
+
+    The dispatcher leaves out keys that this op falls through. Any other key (a mode, a subclass,
+    functorch, functionalization, a lazy negation) makes another number.
+    """
+    import torch
+
+    key, key_set = torch._C.DispatchKey, torch._C.DispatchKeySet
+    return frozenset(
+        key_set(getattr(key, device)).add(getattr(key, f"Autograd{device}")).raw_repr()
+        for device in ("CPU", "CUDA")
+    )
 
 
 _library: torch.library.Library | None = None
@@ -213,13 +232,13 @@ def register_with_torch() -> None:
     for op in registry:
         _define(_library, op.name, op.schema, f"{op.name}_forward", op.fake)
         if op.backward_schema is None:
-            _library.impl(op.name, _inference_only(op), "Autograd")
+            _library.impl(op.name, _inference_only(op), "Autograd", with_keyset=True)
             continue
         assert op.backward_fake is not None
         backward = f"{op.name}_backward"
         _define(_library, backward, op.backward_schema, backward, op.backward_fake)
-        _library.impl(op.name, _differentiable(op), "Autograd")
-        _library.impl(backward, _once_differentiable(backward), "Autograd")
+        _library.impl(op.name, _differentiable(op), "Autograd", with_keyset=True)
+        _library.impl(backward, _once_differentiable(backward, op.backward_schema), "Autograd")
 
 
 def _define(
@@ -248,8 +267,29 @@ def _below_autograd(name: str) -> Callable[..., Any]:
     return call
 
 
-def _needs_grad(args: tuple[Any, ...]) -> bool:
-    return any(getattr(arg, "requires_grad", False) for arg in args)
+def _tensor_places(arguments: tuple[Argument, ...]) -> tuple[int, ...]:
+    return tuple(i for i, argument in enumerate(arguments) if argument.type.startswith("Tensor"))
+
+
+def _needs_grad(args: tuple[Any, ...], places: Iterable[int]) -> bool:
+    for i in places:  # a plain loop: half the time of any() with a generator
+        tensor = args[i]
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _below(op: Op) -> Callable[[torch._C.DispatchKeySet, tuple[Any, ...]], Any]:
+    """The op below autograd. Where nothing stands between, straight to the kernel: this spares a
+    small call the second dispatch, a third of its time.
+    """
+    kernel, call = getattr(_C, f"{op.name}_forward"), _below_autograd(op.name)
+    plain = _plain_key_sets()
+
+    def below(keys: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> Any:
+        return kernel(*args) if keys.raw_repr() in plain else call(*args)
+
+    return below
 
 
 def _differentiable(op: Op) -> Callable[..., Any]:
@@ -258,30 +298,32 @@ def _differentiable(op: Op) -> Callable[..., Any]:
 
     assert op.setup_context is not None
     assert op.gradients is not None
-    call = _below_autograd(op.name)
     function: Any = type(
         op.name,
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(call),
+            "forward": staticmethod(_below_autograd(op.name)),
             "setup_context": staticmethod(op.setup_context),
             "backward": staticmethod(op.gradients),
         },
     )
+    below, places, grad_enabled = _below(op), _tensor_places(op.arguments), torch.is_grad_enabled
 
-    def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and _needs_grad(args):
+    def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if grad_enabled() and _needs_grad(args, places):
             return function.apply(*args)
-        return call(*args)
+        return below(keys, args)
 
-    return _with_defaults(op.arguments, autograd)
+    return _with_defaults(op.arguments, autograd, leading=1)
 
 
-def _once_differentiable(name: str) -> Callable[..., Any]:
+def _once_differentiable(name: str, schema: str) -> Callable[..., Any]:
     """The Autograd kernel of a backward op: second derivatives are an error, not silently zero."""
     import torch
 
     call = _below_autograd(name)
+    arguments, _ = parse_schema(schema)
+    places = _tensor_places(arguments)
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"{name}: second derivatives are not implemented")
@@ -297,30 +339,30 @@ def _once_differentiable(name: str) -> Callable[..., Any]:
     )
 
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and _needs_grad(args):
+        if torch.is_grad_enabled() and _needs_grad(args, places):
             return function.apply(*args)
         return call(*args)
 
-    return autograd
+    return _with_defaults(arguments, autograd)
 
 
 def _inference_only(op: Op) -> Callable[..., Any]:
     """The Autograd kernel of an op without a gradient; tells autograd what was written to."""
     import torch
 
-    call = _below_autograd(op.name)
-    arguments, _ = parse_schema(op.schema)
+    below = _below(op)
+    arguments, places = op.arguments, _tensor_places(op.arguments)
     written = [i for i, part in enumerate(op.schema.split(",")[: len(arguments)]) if "!" in part]
 
-    def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and _needs_grad(args):
+    def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and _needs_grad(args, places):
             raise NotImplementedError(
                 f"{op.name}: has no gradient; call it under torch.no_grad() or on detached tensors"
             )
-        result = call(*args)
+        result = below(keys, args)
         for i in written:
             if not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         return result
 
-    return _with_defaults(op.arguments, autograd)
+    return _with_defaults(op.arguments, autograd, leading=1)

@@ -1,5 +1,21 @@
 """The ops: one module per op, each of which adds itself to the registry when imported."""
 
-from megalodon_ops.ops import cema, rms_norm
+from megalodon_ops.ops import (
+    cema,
+    chunk_attention,
+    chunk_attention_step,
+    layer_norm,
+    qk_norm_rope,
+    rms_norm,
+    silu_mul,
+)
 
-__all__ = ["cema", "rms_norm"]
+__all__ = [
+    "cema",
+    "chunk_attention",
+    "chunk_attention_step",
+    "layer_norm",
+    "qk_norm_rope",
+    "rms_norm",
+    "silu_mul",
+]

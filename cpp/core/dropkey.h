@@ -1,0 +1,127 @@
+// DropKey: which keys a query does not see. A word of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
+// as 1, 2, 3", SC'11) per query and key: a function of their positions, so that backward, and any part of a row, draws
+// again what forward drew, in any order, on any thread.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "core/simd.h"
+
+namespace megalodon::cpu::MEGALODON_ISA {
+
+constexpr int64_t kPhiloxLanes = kLanes<float>;
+
+inline VecU32 splat_u32(uint32_t value) { return VecU32{} + value; }
+
+// high : low = a * m, lane by lane.
+inline void multiply_wide(VecU32 a, uint32_t m, VecU32& high, VecU32& low) {
+  typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
+  const VecU64 factor = VecU64{} + m;
+  const VecU64 odd_lanes = reinterpret_cast<VecU64>(a) >> 32;
+  VecU64 even, odd;
+#if defined(__AVX512F__)
+  even = reinterpret_cast<VecU64>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(factor)));
+  odd = reinterpret_cast<VecU64>(
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(odd_lanes), reinterpret_cast<__m512i>(factor)));
+#elif defined(__AVX2__)
+  even = reinterpret_cast<VecU64>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(factor)));
+  odd = reinterpret_cast<VecU64>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(odd_lanes), reinterpret_cast<__m256i>(factor)));
+#else
+  even = (reinterpret_cast<VecU64>(a) & 0xffffffffu) * factor;
+  odd = odd_lanes * factor;
+#endif
+  low = a * m;
+  high = reinterpret_cast<VecU32>((even >> 32) | (odd & 0xffffffff00000000u));
+}
+
+// Replaces the counter in c by its four random words, lane by lane.
+inline void philox(VecU32 (&c)[4], int64_t seed) {
+  uint32_t k0 = static_cast<uint32_t>(static_cast<uint64_t>(seed));
+  uint32_t k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    VecU32 high0, low0, high1, low1;
+    multiply_wide(c[0], 0xD2511F53u, high0, low0);
+    multiply_wide(c[2], 0xCD9E8D57u, high1, low1);
+    c[0] = high1 ^ c[1] ^ k0;
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[3] = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// The draws of one row b and head h: key j is dropped for query i iff word j & 3 of the counter (j >> 2, i, h, b) is
+// below `below`. Positions are absolute, modulo 2^32.
+struct DropKey {
+  int64_t seed;
+  uint32_t below, b, h;
+
+  bool any() const { return below != 0; }
+  void words(VecU32 group, VecU32 i, VecU32 (&out)[4]) const {
+    out[0] = group;
+    out[1] = i;
+    out[2] = splat_u32(h);
+    out[3] = splat_u32(b);
+    philox(out, seed);
+  }
+};
+
+inline VecU32 lane_numbers() {
+  VecU32 lanes;
+  for (int i = 0; i < kPhiloxLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// scores[keys, columns]: row j0 + r, with the queries i0 .. as columns; columns a multiple of kPhiloxLanes.
+template <class A>
+void drop_columns(const DropKey& drop, uint32_t j0, int64_t keys, uint32_t i0, int64_t columns, A* scores) {
+  constexpr A kDropped = -std::numeric_limits<A>::infinity();
+  for (int64_t c = 0; c < columns; c += kPhiloxLanes) {
+    const VecU32 i = lane_numbers() + i0 + static_cast<uint32_t>(c);
+    for (int64_t r = -static_cast<int64_t>(j0 & 3); r < keys; r += 4) {
+      VecU32 words[4];
+      drop.words(splat_u32((j0 + static_cast<uint32_t>(r)) >> 2), i, words);
+      for (int w = 0; w < 4; ++w) {
+        if (r + w < 0 || r + w >= keys) continue;
+        uint32_t word[kPhiloxLanes];
+        std::memcpy(word, &words[w], sizeof word);
+        A* row = scores + (r + w) * columns + c;
+        for (int lane = 0; lane < kPhiloxLanes; ++lane) row[lane] = word[lane] < drop.below ? kDropped : row[lane];
+      }
+    }
+  }
+}
+
+template <int... lane>
+inline void interleave(VecU32& a, VecU32& b, std::integer_sequence<int, lane...>) {
+  constexpr int W = kPhiloxLanes;
+  const VecU32 low = __builtin_shufflevector(a, b, (lane / 2 + (lane % 2) * W)...);
+  b = __builtin_shufflevector(a, b, (W / 2 + lane / 2 + (lane % 2) * W)...);
+  a = low;
+}
+
+// The words of query i and the keys j0 .. j0 + keys - 1, in order; out has room for keys + 4 kPhiloxLanes + 3.
+// Returns where the first one is.
+inline const uint32_t* draw_row(const DropKey& drop, uint32_t j0, int64_t keys, uint32_t i, uint32_t* out) {
+  constexpr auto kSequence = std::make_integer_sequence<int, kPhiloxLanes>{};
+  const int64_t skipped = j0 & 3;
+  for (int64_t n = 0; n < keys + skipped; n += 4 * kPhiloxLanes) {
+    VecU32 w[4];
+    const VecU32 groups = (lane_numbers() + ((j0 + static_cast<uint32_t>(n)) >> 2)) & 0x3fffffffu;
+    drop.words(groups, splat_u32(i), w);
+    interleave(w[0], w[2], kSequence);  // w0 w2 w0 w2 ..: the low half of the lanes, then the high half
+    interleave(w[1], w[3], kSequence);
+    interleave(w[0], w[1], kSequence);  // w0 w1 w2 w3 ..
+    interleave(w[2], w[3], kSequence);
+    for (int v = 0; v < 4; ++v) std::memcpy(out + n + v * kPhiloxLanes, &w[v], sizeof w[v]);
+  }
+  return out + skipped;
+}
+
+}  // namespace megalodon::cpu::MEGALODON_ISA

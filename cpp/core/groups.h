@@ -1,0 +1,179 @@
+// Sums over groups of adjacent channels, many groups at a time, and the way back from one value per group to one per
+// channel. A block is W groups (W lanes to a vector), so that what belongs to its groups fills a vector. Template
+// parameter P says how large a group is:
+//   0 < P <= W   exactly P channels, P a power of two: P vectors hold a block;
+//   P = 0        any size K: each group has its own vectors, the last one perhaps partial.
+// Either way a block shrinks to one vector of W sums in rounds of adding neighbours: about three instructions a vector,
+// where a horizontal sum of each would take eight.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "core/simd.h"
+
+namespace megalodon::cpu::MEGALODON_ISA {
+
+// N vectors that are summed side by side.
+template <class A, int N>
+struct Vecs {
+  Vec<A> v[N];
+};
+
+template <class A, int... I>
+inline Vec<A> add_neighbours(Vec<A> a, Vec<A> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+// [a0 + a1, a2 + a3, ..., b0 + b1, b2 + b3, ...]
+template <class A>
+inline Vec<A> add_neighbours(Vec<A> a, Vec<A> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Add within the two halves of the register, then move across them once.
+  if constexpr (std::is_same_v<A, float>) {
+    const __m256 sums = _mm256_hadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b));
+    return reinterpret_cast<Vec<A>>(_mm256_permute4x64_pd(_mm256_castps_pd(sums), 0xd8));
+  } else {
+    const __m256d sums = _mm256_hadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b));
+    return reinterpret_cast<Vec<A>>(_mm256_permute4x64_pd(sums, 0xd8));
+  }
+#else
+  return add_neighbours<A>(a, b, std::make_integer_sequence<int, kLanes<A>>{});
+#endif
+}
+
+// The sums of W groups from V vectors; vectors(std::integral_constant<int, j>) gives vector j as Vecs<A, N>. Depth
+// first, so that only log2(V) + 1 vectors are alive at a time.
+template <class A, int V, int N, int J = 0, class F>
+__attribute__((always_inline)) inline Vecs<A, N> add_vectors(const F& vectors) {
+  if constexpr (V == 1) {
+    return vectors(std::integral_constant<int, J>{});
+  } else {
+    const Vecs<A, N> a = add_vectors<A, V / 2, N, J>(vectors);
+    const Vecs<A, N> b = add_vectors<A, V / 2, N, J + V / 2>(vectors);
+    Vecs<A, N> sums;
+    for (int i = 0; i < N; ++i) sums.v[i] = add_neighbours<A>(a.v[i], b.v[i]);
+    return sums;
+  }
+}
+
+template <class A, int P, int J, int... I>
+inline Vec<A> spread(Vec<A> v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, ((J * kLanes<A> + I) / P)...);
+}
+
+// The values of a block of W groups, one per channel, as vector J of the block: the inverse of add_groups.
+template <class A, int P, int J>
+inline Vec<A> spread(const A* block) {
+  if constexpr (P == 1) {
+    return load(block);
+  } else if constexpr (P == 0 || P == kLanes<A>) {
+    return splat(block[J]);
+  } else {
+    return spread<A, P, J>(load(block), std::make_integer_sequence<int, kLanes<A>>{});
+  }
+}
+
+template <class A, int... I>
+inline Vec<A> lane_numbers(std::integer_sequence<int, I...>) {
+  return Vec<A>{static_cast<A>(I)...};
+}
+
+// v with all lanes from n on set to 0.
+template <class A>
+inline Vec<A> first_lanes(Vec<A> v, int64_t n) {
+  if (n >= kLanes<A>) return v;
+  return lane_numbers<A>(std::make_integer_sequence<int, kLanes<A>>{}) < splat(static_cast<A>(n)) ? v : Vec<A>{};
+}
+
+template <class F, int... J>
+__attribute__((always_inline)) inline void for_each_index(const F& f, std::integer_sequence<int, J...>) {
+  (f(std::integral_constant<int, J>{}), ...);
+}
+
+// `groups` adjacent groups of K channels. Below, f(j, i, n) is called with j = std::integral_constant (for spread()),
+// the channel i to start at and the number n of channels that are there: a constant kLanes where that is certain.
+template <class A, int P>
+struct Groups {
+  static constexpr int W = kLanes<A>;
+  static constexpr int kVectors = P == 0 ? W : P;
+  int64_t K;
+  int64_t groups;
+
+  int64_t channels() const { return groups * K; }
+  int64_t blocks_end() const { return (groups + W - 1) / W * W; }
+
+  // For the vectors of the block that starts at group g.
+  template <class F>
+  __attribute__((always_inline)) void for_each_vector(int64_t g, const F& f) const {
+    const auto all = std::make_integer_sequence<int, kVectors>{};
+    if constexpr (P == 0) {
+      for_each_index([&](auto j) __attribute__((always_inline)) { each_of_group(g, j, f); }, all);
+    } else if (g + W <= groups) {
+      for_each_index([&](auto j) __attribute__((always_inline)) { f(j, g * P + j * W, int64_t{W}); }, all);
+    } else {
+      for_each_index(
+          [&](auto j) __attribute__((always_inline)) {
+            const int64_t i = g * P + j * W;
+            if (i < groups * P) f(j, i, groups * P - i);
+          },
+          all);
+    }
+  }
+
+  // The sums of f over the groups of that block; of groups that do not exist, 0. f gives 0 in lanes from n on.
+  template <int N, class F>
+  __attribute__((always_inline)) Vecs<A, N> sum(int64_t g, const F& f) const {
+    if constexpr (P == 0) {
+      return add_vectors<A, kVectors, N>([&](auto j) __attribute__((always_inline)) {
+        Vecs<A, N> sums = {};
+        each_of_group(g, j, [&](auto, int64_t i, int64_t n) __attribute__((always_inline)) {
+          const Vecs<A, N> values = f(j, i, n);
+          for (int k = 0; k < N; ++k) sums.v[k] += values.v[k];
+        });
+        return sums;
+      });
+    } else if (g + W <= groups) {
+      return add_vectors<A, kVectors, N>(
+          [&](auto j) __attribute__((always_inline)) { return f(j, g * P + j * W, int64_t{W}); });
+    } else {
+      return add_vectors<A, kVectors, N>([&](auto j) __attribute__((always_inline)) {
+        const int64_t i = g * P + j * W;
+        return i < groups * P ? f(j, i, groups * P - i) : Vecs<A, N>{};
+      });
+    }
+  }
+
+ private:
+  template <class Index, class F>
+  __attribute__((always_inline)) void each_of_group(int64_t g, Index j, const F& f) const {
+    if (g + j >= groups) return;
+    const int64_t begin = (g + j) * K;
+    int64_t m = 0;
+    for (; m + W <= K; m += W) f(j, begin + m, int64_t{W});
+    if (m < K) f(j, begin + m, K - m);
+  }
+};
+
+// Calls f(std::integral_constant<int, P>) with the P that fits groups of K channels.
+template <class A, class F>
+void visit_group_size(int64_t K, const F& f) {
+  constexpr int W = kLanes<A>;
+  switch (K) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 4:
+      return f(std::integral_constant<int, W >= 4 ? 4 : 0>{});
+    case 8:
+      return f(std::integral_constant<int, W >= 8 ? 8 : 0>{});
+    case 16:
+      return f(std::integral_constant<int, W >= 16 ? 16 : 0>{});
+    default:
+      return f(std::integral_constant<int, 0>{});
+  }
+}
+
+}  // namespace megalodon::cpu::MEGALODON_ISA

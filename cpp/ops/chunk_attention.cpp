@@ -1,0 +1,182 @@
+// chunk_attention on the CPU.
+//
+// Computes  softmax attention inside chunks and its gradients (ops/chunk_attention.h); section 3.4 of arXiv 2404.08801.
+// Layout    q, k, v, o (B, L, H, S or E): the rows of a head are H S (H E) apart; caches (B, C, H, S or E) likewise;
+//           lse, D (B, H, L). Tiles are copied into panels of the accumulator type (core/gemm.h) in the slot's scratch.
+// Mapping   forward: an item is a tile of kQueries queries of one chunk and head. It walks the keys before it in blocks
+//           with a running maximum and sum; queries lie across lanes, so the softmax needs no reduction over lanes.
+//           Backward: an item is a group of key tiles of one chunk and head. A key tile stays while the tiles of
+//           queries after it pass by; keys lie across lanes. dk and dv belong to one item; dq is summed over groups.
+// Traffic   2 (S + E) FLOPs per query and key forward, 2 (3 S + 2 E) backward, the non-causal half skipped but for
+//           part of a tile on the diagonal: compute-bound. A query tile reads every key and value before it once.
+// Numerics  scores, weights and sums in stat; sums in the order of the keys (forward), the queries (dk, dv), the key
+//           tiles of a group and then the groups (dq), whatever the number of threads. Masked and dropped weights are
+//           exactly 0 and so are the outputs and gradients of a query without keys.
+// Limits    any B, L, H, S, E, C and position. Scratch grows with S and E, not with L or C.
+#include "ops/chunk_attention.h"
+
+#include <cstring>
+
+#include "core/rows.h"
+#include "ops/chunk_attention_backward.h"
+#include "ops/chunk_attention_forward.h"
+
+namespace megalodon::cpu::MEGALODON_ISA {
+namespace {
+
+template <class T>
+void forward(const ChunkAttentionForward& args) {
+  using A = stat_t<T>;
+  parallel_for(args.deal.slots, 1, [&](int64_t begin, int64_t end) {
+    A* scratch = static_cast<A*>(args.workspace) + begin * args.scratch;
+    for (int64_t round = 0; round < args.deal.rounds(); ++round) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        const int64_t item = args.deal.item(round, slot);
+        if (item >= args.deal.items) continue;
+        const int64_t tile = item % args.tiles, c = item / args.tiles % args.chunks;
+        const Chunk chunk = chunk_of(args, item / args.tiles / args.chunks, c);
+        if (tile * args.kQueries < chunk.queries()) ForwardTile<T>(args, chunk, tile, scratch).run();
+      }
+    }
+  });
+}
+
+// D = sum over e of do o, for every token and head.
+template <class T>
+void multiply_outputs(const ChunkAttentionBackward& args) {
+  using A = stat_t<T>;
+  const auto* dout = static_cast<const T*>(args.dout);
+  const auto* o = static_cast<const T*>(args.o);
+  auto* D = static_cast<A*>(args.workspace);
+  parallel_for(args.B * args.L, grain_of_rows(args.H * args.E), [&](int64_t begin, int64_t end) {
+    for (int64_t bt = begin; bt < end; ++bt) {
+      for (int64_t h = 0; h < args.H; ++h) {
+        const int64_t row = (bt * args.H + h) * args.E;
+        Vec<A> sum = {};
+        for (int64_t e = 0; e < args.E; e += kLanes<A>) {
+          sum = load(dout + row + e, args.E - e) * load(o + row + e, args.E - e) + sum;
+        }
+        D[(bt / args.L * args.H + h) * args.L + bt % args.L] = sum_lanes<A>(sum);
+      }
+    }
+  });
+}
+
+// dq = the sum of the groups' partial sums that reach the token, in order.
+template <class T>
+void add_groups(const ChunkAttentionBackward& args) {
+  using A = stat_t<T>;
+  const int64_t n = args.H * args.S, size = args.B * args.L * n;
+  const A* partial = static_cast<const A*>(args.workspace) + args.B * args.L * args.H;
+  parallel_for(args.B * args.L, grain_of_rows(n), [&](int64_t begin, int64_t end) {
+    for (int64_t bt = begin; bt < end; ++bt) {
+      const int64_t b = bt / args.L, t = bt % args.L;
+      const int64_t m = args.position == nullptr ? 0 : args.position[b] % args.C;
+      const Chunk chunk = chunk_of(args, b * args.H, (m + t) / args.C);
+      const int64_t tile = (t - chunk.token - chunk.first) / args.kQueries;
+      const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.kQueries) - 1;
+      const int64_t groups = std::min(args.groups, last / args.kKeys + 1);
+      for (int64_t i = 0; i < n; i += kLanes<A>) {
+        Vec<A> sum = load(partial + bt * n + i, n - i);
+        for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + bt * n + i, n - i);
+        store(static_cast<T*>(args.dq) + bt * n + i, sum, n - i);
+      }
+    }
+  });
+}
+
+template <class T>
+void backward(const ChunkAttentionBackward& args) {
+  using A = stat_t<T>;
+  const int64_t rows = args.B * args.L * args.H;
+  if (args.k_cache != nullptr) {
+    std::memset(args.dk_cache, 0, args.B * args.C * args.H * args.S * sizeof(T));
+    std::memset(args.dv_cache, 0, args.B * args.C * args.H * args.E * sizeof(T));
+  }
+  multiply_outputs<T>(args);
+  parallel_for(args.deal.slots, 1, [&](int64_t begin, int64_t end) {
+    A* scratch = static_cast<A*>(args.workspace) + rows + args.groups * rows * args.S + begin * args.scratch;
+    for (int64_t round = 0; round < args.deal.rounds(); ++round) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        const int64_t item = args.deal.item(round, slot);
+        if (item >= args.deal.items) continue;
+        const int64_t group = item % args.groups, c = item / args.groups % args.chunks;
+        const Chunk chunk = chunk_of(args, item / args.groups / args.chunks, c);
+        if (chunk.queries() > 0) BackwardTile<T>(args, chunk, group, scratch).run();
+      }
+    }
+  });
+  add_groups<T>(args);
+}
+
+}  // namespace
+
+void chunk_attention_forward(const ChunkAttentionForward& args) {
+  visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
+}
+
+void chunk_attention_backward(const ChunkAttentionBackward& args) {
+  visit_activation(args.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
+}
+
+}  // namespace megalodon::cpu::MEGALODON_ISA
+
+#ifdef MEGALODON_ENTRY
+using namespace megalodon;
+
+extern "C" int megalodon_chunk_attention_forward_outputs(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                                         int64_t chunk_size, double dropout_p, int64_t seed,
+                                                         const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                         const DLTensor* v_cache, const DLTensor* position,
+                                                         megalodon_spec* outputs) {
+  return guarded([&] {
+    Checker c("chunk_attention");
+    check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position,
+                          Outputs(outputs));
+  });
+}
+
+extern "C" int megalodon_chunk_attention_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                                 int64_t chunk_size, double dropout_p, int64_t seed,
+                                                 const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                 const DLTensor* v_cache, const DLTensor* position, DLTensor* o,
+                                                 DLTensor* lse, DLTensor* workspace, void* stream) {
+  return guarded([&] {
+    Checker c("chunk_attention");
+    const ChunkAttentionForward args = check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
+                                                             k_cache, v_cache, position, {o, lse, workspace});
+    c.not_negative("position", args.position, args.B);
+    run_on(c, args, cpu::chunk_attention_forward, stream);
+  });
+}
+
+extern "C" int megalodon_chunk_attention_backward_outputs(const DLTensor* dout, const DLTensor* q, const DLTensor* k,
+                                                          const DLTensor* v, const DLTensor* o, const DLTensor* lse,
+                                                          int64_t chunk_size, double dropout_p, int64_t seed,
+                                                          const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                          const DLTensor* v_cache, const DLTensor* position,
+                                                          megalodon_spec* outputs) {
+  return guarded([&] {
+    Checker c("chunk_attention_backward");
+    check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache,
+                                   position, Outputs(outputs));
+  });
+}
+
+extern "C" int megalodon_chunk_attention_backward(const DLTensor* dout, const DLTensor* q, const DLTensor* k,
+                                                  const DLTensor* v, const DLTensor* o, const DLTensor* lse,
+                                                  int64_t chunk_size, double dropout_p, int64_t seed,
+                                                  const DLTensor* cu_seqlens, const DLTensor* k_cache,
+                                                  const DLTensor* v_cache, const DLTensor* position, DLTensor* dq,
+                                                  DLTensor* dk, DLTensor* dv, DLTensor* dk_cache, DLTensor* dv_cache,
+                                                  DLTensor* workspace, void* stream) {
+  return guarded([&] {
+    Checker c("chunk_attention_backward");
+    const ChunkAttentionBackward args =
+        check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache,
+                                       v_cache, position, {dq, dk, dv, dk_cache, dv_cache, workspace});
+    c.not_negative("position", args.position, args.B);
+    run_on(c, args, cpu::chunk_attention_backward, stream);
+  });
+}
+#endif

@@ -1,0 +1,185 @@
+// chunk_attention: causal softmax attention inside chunks of C tokens, nothing across chunks.
+//
+// Token t of row b stands at p = position[b] + t (position absent: 0), in chunk p / C at place r = p mod C. With the
+// unscaled scores s_ij = q_i . k_j over the keys j <= i of i's chunk that are not dropped,
+//   o_i = sum_j exp(s_ij - lse_i) v_j,   lse_i = log sum_j exp(s_ij);   without any key, o_i = 0 and lse_i = -inf.
+// The m = position[b] mod C keys of the first chunk that came before token 0 are k_cache[b, :m], v_cache[b, :m].
+// DropKey: with floor(dropout_p 2^32) = n, key j is dropped for query i iff word j & 3 of philox4x32-10(counter
+// (j >> 2, i, h, b), key seed) is below n; i, j here are the absolute positions p of the two, as uint32.
+//
+// Gradients, with P_ij = exp(s_ij - lse_i) and D_i = sum_e do_ie o_ie:
+//   dS_ij = P_ij (do_i . v_j - D_i),  dv_j = sum_i P_ij do_i,  dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "core/tensor.h"
+
+namespace megalodon {
+
+struct ChunkAttention {
+  DType dtype;              // of q, k, v, o, the caches and all gradients
+  const void* q;            // [B, L, H, S]
+  const void* k;            // [B, L, H, S]
+  const void* v;            // [B, L, H, E]
+  const void* k_cache;      // [B, C, H, S], nullptr: none
+  const void* v_cache;      // [B, C, H, E], nullptr: none
+  const int64_t* position;  // [B], nullptr: 0
+  int64_t B, L, H, S, E, C;
+  int64_t seed;
+  uint32_t drop_below;  // floor(dropout_p 2^32)
+  int64_t chunks;       // that a row's tokens may lie in
+  int64_t scratch;      // elements per slot
+};
+
+struct ChunkAttentionForward : ChunkAttention {
+  static constexpr int64_t kQueries = 128;  // of a tile
+  static constexpr int64_t kKeys = 256;     // of a block
+  void* o;                                  // [B, L, H, E]
+  void* lse;                                // [B, H, L] stat
+  void* workspace;                          // [deal.slots, scratch] stat
+  int64_t tiles;                            // of queries, in a chunk
+  int64_t key_rows;                         // of a block, kKeys or the chunk's fewer
+  Deal deal;                                // of the query tiles of all chunks and heads
+};
+
+struct ChunkAttentionBackward : ChunkAttention {
+  static constexpr int64_t kQueries = 128;    // of a tile
+  static constexpr int64_t kKeys = 64;        // of a tile
+  static constexpr int64_t kValuePanels = 2;  // of do, packed at a time
+  const void* dout;                           // [B, L, H, E]
+  const void* o;                              // [B, L, H, E]
+  const void* lse;                            // [B, H, L] stat
+  void* dq;                                   // [B, L, H, S]
+  void* dk;                                   // [B, L, H, S]
+  void* dv;                                   // [B, L, H, E]
+  void* dk_cache;                             // [B, C, H, S], or [0] when k_cache is absent
+  void* dv_cache;                             // [B, C, H, E], likewise
+  void* workspace;     // D [B, H, L], partial dq [groups, B, L, H, S], [deal.slots, scratch]; stat
+  int64_t groups;      // that the key tiles of a chunk are dealt to, each with its own partial sum of dq
+  int64_t query_rows;  // of a tile, kQueries or fewer
+  Deal deal;           // of the groups of all chunks and heads
+};
+
+// Chunks that the tokens of a row may lie in, keys and queries that a chunk may have.
+static inline int64_t chunks_of(int64_t L, int64_t C, bool cached) { return L == 0 ? 0 : (L - 1) / C + 1 + cached; }
+static inline int64_t keys_of_chunk(int64_t L, int64_t C, bool cached) { return cached || L >= C ? C : L; }
+static inline int64_t queries_of_chunk(int64_t L, int64_t C) { return L < C ? L : C; }
+
+// The inputs that forward and backward share.
+struct ChunkAttentionTensors {
+  Tensor q, k, v, k_cache, v_cache, position;
+};
+
+static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, const DLTensor* q_in, const DLTensor* k_in,
+                                                                 const DLTensor* v_in, int64_t chunk_size,
+                                                                 double dropout_p, int64_t seed,
+                                                                 const DLTensor* cu_seqlens, const DLTensor* k_cache_in,
+                                                                 const DLTensor* v_cache_in,
+                                                                 const DLTensor* position_in, ChunkAttention& args) {
+  ChunkAttentionTensors t;
+  t.q = c.activation("q", q_in, {any("B"), any("L"), any("H"), any("S")});
+  const Dim B = t.q.dim(0, "B"), L = t.q.dim(1, "L"), H = t.q.dim(2, "H"), S = t.q.dim(3, "S");
+  t.k = c.like("k", k_in, t.q);
+  t.v = c.tensor("v", v_in, t.q.dtype, {B, L, H, any("E")});
+  const Dim E = t.v.dim(3, "E");
+  c.at_least("chunk_size", chunk_size, 1);
+  if (!(dropout_p >= 0 && dropout_p < 1)) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", dropout_p);
+    c.fail(MEGALODON_VALUE_ERROR, "dropout_p", "at least 0 and below 1", text);
+  }
+  c.no_cu_seqlens(cu_seqlens);
+  const bool given = k_cache_in != nullptr;
+  if ((v_cache_in != nullptr) != given || (position_in != nullptr) != given) {
+    c.fail(MEGALODON_VALUE_ERROR, "k_cache, v_cache, position", "given all three or none",
+           std::string(given ? "k_cache " : "") + (v_cache_in != nullptr ? "v_cache " : "") +
+               (position_in != nullptr ? "position " : "") + "only");
+  }
+  const Dim C{"C", chunk_size};
+  t.k_cache = c.optional("k_cache", k_cache_in, t.q.dtype, {B, C, H, S});
+  t.v_cache = c.optional("v_cache", v_cache_in, t.q.dtype, {B, C, H, E});
+  t.position = c.optional("position", position_in, DType::kInt64, {B});
+  args.dtype = t.q.dtype;
+  args.q = t.q.data;
+  args.k = t.k.data;
+  args.v = t.v.data;
+  args.k_cache = t.k_cache.data;
+  args.v_cache = t.v_cache.data;
+  args.position = static_cast<const int64_t*>(t.position.data);
+  args.B = B.size;
+  args.L = L.size;
+  args.H = H.size;
+  args.S = S.size;
+  args.E = E.size;
+  args.C = chunk_size;
+  args.seed = seed;
+  args.drop_below = static_cast<uint32_t>(std::floor(dropout_p * 4294967296.0));
+  args.chunks = chunks_of(args.L, args.C, given);
+  return t;
+}
+
+static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTensor* q, const DLTensor* k,
+                                                          const DLTensor* v, int64_t chunk_size, double dropout_p,
+                                                          int64_t seed, const DLTensor* cu_seqlens,
+                                                          const DLTensor* k_cache, const DLTensor* v_cache,
+                                                          const DLTensor* position, Outputs&& out) {
+  ChunkAttentionForward args{};
+  const ChunkAttentionTensors t = check_chunk_attention_inputs(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
+                                                               k_cache, v_cache, position, args);
+  const DType stat = stat_dtype(args.dtype);
+  args.o = out.like(c, "o", t.v);
+  args.lse = out.next(c, "lse", stat, {args.B, args.H, args.L});
+  const int64_t keys = keys_of_chunk(args.L, args.C, t.k_cache.present);
+  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32), Q = args.kQueries;
+  args.tiles = ceil_div(queries_of_chunk(args.L, args.C), Q);
+  args.key_rows = keys < args.kKeys ? keys : args.kKeys;
+  args.deal = Deal::of(args.B * args.H * args.chunks * args.tiles);
+  // Transposed queries; a block of keys, its scores, a panel of its values; the output.
+  args.scratch = Q * Sp + args.key_rows * (Sp + Q + 32) + Q * Ep;
+  args.workspace = out.workspace(c, args.deal.slots * args.scratch * size_of(stat));
+  return args;
+}
+
+static inline ChunkAttentionBackward check_chunk_attention_backward(
+    Checker& c, const DLTensor* dout_in, const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* o_in,
+    const DLTensor* lse_in, int64_t chunk_size, double dropout_p, int64_t seed, const DLTensor* cu_seqlens,
+    const DLTensor* k_cache, const DLTensor* v_cache, const DLTensor* position, Outputs&& out) {
+  ChunkAttentionBackward args{};
+  const ChunkAttentionTensors t = check_chunk_attention_inputs(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
+                                                               k_cache, v_cache, position, args);
+  const DType stat = stat_dtype(args.dtype);
+  const Tensor dout = c.like("dout", dout_in, t.v);
+  const Tensor o = c.like("o", o_in, t.v);
+  const Tensor lse = c.tensor("lse", lse_in, stat, {t.q.dim(0, "B"), t.q.dim(2, "H"), t.q.dim(1, "L")});
+  args.dout = dout.data;
+  args.o = o.data;
+  args.lse = lse.data;
+  args.dq = out.like(c, "dq", t.q);
+  args.dk = out.like(c, "dk", t.k);
+  args.dv = out.like(c, "dv", t.v);
+  args.dk_cache = out.gradient(c, "dk_cache", t.k_cache, args.dtype);
+  args.dv_cache = out.gradient(c, "dv_cache", t.v_cache, args.dtype);
+  const int64_t keys = keys_of_chunk(args.L, args.C, t.k_cache.present);
+  const int64_t queries = queries_of_chunk(args.L, args.C);
+  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32), K = args.kKeys;
+  const int64_t heads = args.B * args.H * args.chunks;
+  args.groups = heads == 0 ? 0 : std::min({32 / heads + 1, ceil_div(keys, K), int64_t{8}});
+  args.query_rows = queries < args.kQueries ? queries : args.kQueries;
+  args.deal = Deal::of(heads * args.groups);
+  // Keys in panels and transposed, dk; values transposed, dv; queries, dq; the weights and their gradients; do.
+  args.scratch = K * (3 * Sp + 2 * Ep) + args.query_rows * (2 * Sp + 2 * K + 32 * args.kValuePanels);
+  const int64_t rows = args.B * args.L * args.H;
+  args.workspace =
+      out.workspace(c, (rows + args.groups * rows * args.S + args.deal.slots * args.scratch) * size_of(stat));
+  return args;
+}
+
+}  // namespace megalodon
+
+MEGALODON_CPU_KERNEL(chunk_attention_forward, ChunkAttentionForward)
+MEGALODON_CPU_KERNEL(chunk_attention_backward, ChunkAttentionBackward)

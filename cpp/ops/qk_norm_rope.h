@@ -1,0 +1,122 @@
+// qk_norm_rope: the queries and keys of normalised attention, made of one shared z of H heads of S components.
+//
+//   zn = z * rstd,   rstd = 1 / sqrt(mean over S of z^2 + eps)   per token and head
+//   q = rope(zn * (gamma[0] + 1) / sqrt(S) + beta[0]),   k = rope(zn * (gamma[1] + 1) / sqrt(S) + beta[1])
+// rope turns the pair (u[2j], u[2j+1]) by the angle p * base^(-2j/S), p = (position[b] + t) mod chunk_size.
+//
+// Gradients, with uq, uk = the gradients of q, k turned back and s_i = (gamma[i] + 1) / sqrt(S):
+//   dbeta = sum of (uq, uk), dgamma = sum of (uq, uk) * zn / sqrt(S) over tokens,
+//   dzn = uq s_0 + uk s_1,   dz = rstd * (dzn - zn * mean(dzn * zn)).
+#pragma once
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "core/tensor.h"
+
+namespace megalodon {
+
+struct QkNormRope {
+  DType dtype;              // of z, q, k and their gradients
+  const void* z;            // [B, L, H, S]
+  const void* gamma;        // [2, H, S] stat
+  const void* beta;         // [2, H, S] stat
+  const int64_t* position;  // [B], nullptr: 0
+  int64_t B, L, H, S, C;
+  double rope_base;
+  Parts parts;    // of the B L tokens
+  int64_t pairs;  // S / 2, rounded up to whole vectors
+};
+
+struct QkNormRopeForward : QkNormRope {
+  void* q;          // [B, L, H, S]
+  void* k;          // [B, L, H, S]
+  void* rstd;       // [B, L, H] stat
+  void* workspace;  // double: angles and steps [3, pairs], then [parts, 4, pairs]
+  double eps;
+};
+
+struct QkNormRopeBackward : QkNormRope {
+  const void* dq;    // [B, L, H, S]
+  const void* dk;    // [B, L, H, S]
+  const void* rstd;  // [B, L, H] stat
+  void* dz;          // [B, L, H, S]
+  void* dgamma;      // [2, H, S] stat
+  void* dbeta;       // [2, H, S] stat
+  void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, [parts, 2 pairs] of dzn
+};
+
+static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in, const DLTensor* gamma_in,
+                                               const DLTensor* beta_in, int64_t num_heads, int64_t chunk_size,
+                                               double rope_base, const DLTensor* position_in, double eps,
+                                               const DLTensor* cu_seqlens, QkNormRope& args) {
+  const Tensor z = c.activation("z", z_in, {any("B"), any("L"), any("D")});
+  const Dim B = z.dim(0, "B"), D = z.dim(2, "D");
+  const DType stat = stat_dtype(z.dtype);
+  const Tensor gamma = c.tensor("gamma", gamma_in, stat, {Dim{"2", 2}, D});
+  const Tensor beta = c.tensor("beta", beta_in, stat, {Dim{"2", 2}, D});
+  c.at_least("num_heads", num_heads, 1);
+  c.require(D.size % num_heads == 0 && D.size / num_heads % 2 == 0, "z",
+            "[B, L, H * S] with S even and H = " + std::to_string(num_heads) + " (num_heads)",
+            "H * S = " + std::to_string(D.size));
+  c.at_least("chunk_size", chunk_size, 1);
+  c.positive("rope_base", rope_base);
+  const Tensor position = c.optional("position", position_in, DType::kInt64, {B});
+  c.positive("eps", eps);
+  c.no_cu_seqlens(cu_seqlens);
+  args.dtype = z.dtype;
+  args.z = z.data;
+  args.gamma = gamma.data;
+  args.beta = beta.data;
+  args.position = static_cast<const int64_t*>(position.data);
+  args.B = B.size;
+  args.L = z.shape[1];
+  args.H = num_heads;
+  args.S = D.size / num_heads;
+  args.C = chunk_size;
+  args.rope_base = rope_base;
+  args.parts = Parts::of(args.B * args.L, 64);
+  args.pairs = round_up(args.S / 2, 16);
+  return z;
+}
+
+static inline QkNormRopeForward check_qk_norm_rope(Checker& c, const DLTensor* z_in, const DLTensor* gamma,
+                                                   const DLTensor* beta, int64_t num_heads, int64_t chunk_size,
+                                                   double rope_base, const DLTensor* position, double eps,
+                                                   const DLTensor* cu_seqlens, Outputs&& out) {
+  QkNormRopeForward args{};
+  const Tensor z = check_qk_norm_rope_inputs(c, z_in, gamma, beta, num_heads, chunk_size, rope_base, position, eps,
+                                             cu_seqlens, args);
+  args.q = out.next(c, "q", z.dtype, {args.B, args.L, args.H, args.S});
+  args.k = out.next(c, "k", z.dtype, {args.B, args.L, args.H, args.S});
+  args.rstd = out.next(c, "rstd", stat_dtype(z.dtype), {args.B, args.L, args.H});
+  args.workspace = out.workspace(c, (3 + 4 * args.parts.parts) * args.pairs * 8);
+  args.eps = eps;
+  return args;
+}
+
+static inline QkNormRopeBackward check_qk_norm_rope_backward(Checker& c, const DLTensor* dq_in, const DLTensor* dk_in,
+                                                             const DLTensor* z_in, const DLTensor* gamma,
+                                                             const DLTensor* beta, const DLTensor* rstd_in,
+                                                             int64_t num_heads, int64_t chunk_size, double rope_base,
+                                                             const DLTensor* position, double eps,
+                                                             const DLTensor* cu_seqlens, Outputs&& out) {
+  QkNormRopeBackward args{};
+  const Tensor z = check_qk_norm_rope_inputs(c, z_in, gamma, beta, num_heads, chunk_size, rope_base, position, eps,
+                                             cu_seqlens, args);
+  const DType stat = stat_dtype(z.dtype);
+  const Dim B = z.dim(0, "B"), L = z.dim(1, "L"), H{"H", args.H}, S{"S", args.S};
+  args.dq = c.tensor("dq", dq_in, z.dtype, {B, L, H, S}).data;
+  args.dk = c.tensor("dk", dk_in, z.dtype, {B, L, H, S}).data;
+  args.rstd = c.tensor("rstd", rstd_in, stat, {B, L, H}).data;
+  args.dz = out.like(c, "dz", z);
+  args.dgamma = out.next(c, "dgamma", stat, {2, args.H * args.S});
+  args.dbeta = out.next(c, "dbeta", stat, {2, args.H * args.S});
+  args.workspace = out.workspace(c, (3 + 4 * args.parts.parts) * args.pairs * 8 +
+                                        args.parts.parts * (4 * args.H * args.S + 2 * args.pairs) * size_of(stat));
+  return args;
+}
+
+}  // namespace megalodon
+
+MEGALODON_CPU_KERNEL(qk_norm_rope_forward, QkNormRopeForward)
+MEGALODON_CPU_KERNEL(qk_norm_rope_backward, QkNormRopeBackward)

@@ -1,0 +1,464 @@
+// Computes  timestep norm (arXiv 2404.08801, as the released code has it) and its gradients (ops/timestep_norm.h).
+// Layout    x, y, dy, dx (B, L, D); states (B, G); step_mean, step_rstd (B, L, G); mask (B, L); all compact.
+// Mapping   a tile is up to 128 groups and 4096 channels of one batch row (backward: of the rows of one part of the
+//           batch); tiles are split over the threads, and a tile walks through time alone. A step: sums over groups
+//           (vectorised over groups, core/groups.h), the recurrence (over groups), then the channels. Backward takes
+//           eight unpadded steps at a time, so that it goes up in memory for a while.
+// Traffic   forward 2, backward 3 elements moved per element; what a step reads again is in L1 (backward: L2). About 15
+//           and 25 instructions per vector: near memory-bound.
+// Numerics  a step's variance is taken around the step's own mean. M, V and their adjoints are carried in double;
+//           everything per channel is float (double for float64). dweight, dbias: 256 steps are added in float, these
+//           sums in double; one partial sum per fixed part of the batch, added in order, so the result does not depend
+//           on the number of threads.
+// Limits    none; D = 0 gives NaN statistics. Group sizes that are no power of two and no multiple of the vector length
+//           are up to four times slower, as every group ends in a partial vector.
+#include "ops/timestep_norm.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/groups.h"
+#include "core/rows.h"
+
+namespace megalodon::cpu::MEGALODON_ISA {
+namespace {
+
+constexpr int64_t kMaxGroups = TimestepNormTiles::kMaxGroups;
+
+// Fetches what the hardware does not foresee: the next row of a tile, which may be far away, and lines to be written.
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+template <class T, int P>
+class ForwardTile {
+  using A = stat_t<T>;
+  static constexpr int W = kLanes<A>;
+
+ public:
+  ForwardTile(const TimestepNormForward& args, int64_t b, int64_t tile)
+      : args_(args), b_(b), first_(tile * args.tiles().groups) {
+    groups_.K = args.K();
+    groups_.groups = std::min(args.tiles().groups, args.G - first_);
+  }
+
+  void run() {
+    start();
+    for (int64_t t = 0; t < args_.L; ++t) {
+      const int64_t row = b_ * args_.L + t;
+      const int64_t offset = row * args_.D + first_ * groups_.K;
+      const T* x = static_cast<const T*>(args_.x) + offset;
+      T* y = static_cast<T*>(args_.y) + offset;
+      if (args_.padding_mask != nullptr && args_.padding_mask[row]) {
+        std::memset(y, 0, groups_.channels() * sizeof(T));
+      } else {
+        measure(x, y);
+        advance();
+        normalize(x, y);
+      }
+      std::memcpy(static_cast<A*>(args_.step_mean) + row * args_.G + first_, mean_, groups_.groups * sizeof(A));
+      std::memcpy(static_cast<A*>(args_.step_rstd) + row * args_.G + first_, rstd_, groups_.groups * sizeof(A));
+    }
+    finish();
+  }
+
+ private:
+  void start() {
+    n_ = args_.count == nullptr ? 0 : args_.count[b_];
+    const auto* mean = static_cast<const A*>(args_.mean);
+    const auto* var = static_cast<const A*>(args_.var);
+    const int64_t offset = b_ * args_.G + first_;
+    for (int64_t g = 0; g < groups_.blocks_end(); ++g) {
+      const bool given = mean != nullptr && g < groups_.groups;
+      M_[g] = given ? mean[offset + g] : 0.0;
+      V_[g] = given ? var[offset + g] : 1.0;
+      mean_[g] = static_cast<A>(M_[g]);
+      rstd_[g] = A(1) / std::sqrt(static_cast<A>(V_[g] + args_.eps));
+    }
+  }
+
+  // mu and s of every group, in the places of the mean and the rstd that advance() makes of them.
+  void measure(const T* x, const T* y) {
+    const Vec<A> size = splat(static_cast<A>(groups_.K));
+    for (int64_t g = 0; g < groups_.groups; g += W) {
+      const Vecs<A, 1> sums =
+          groups_.template sum<1>(g, [&](auto, int64_t i, int64_t n) __attribute__((always_inline)) {
+            prefetch(y + i);
+            return Vecs<A, 1>{load(x + i, n)};
+          });
+      store(mean_ + g, sums.v[0] / size);
+    }
+    for (int64_t g = 0; g < groups_.groups; g += W) {
+      const Vecs<A, 1> sums =
+          groups_.template sum<1>(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
+            const Vec<A> d = first_lanes<A>(load(x + i, n) - spread<A, P, decltype(j)::value>(mean_ + g), n);
+            return Vecs<A, 1>{d * d};
+          });
+      store(rstd_ + g, sums.v[0] / size);
+    }
+  }
+
+  void advance() {
+    const int64_t end = groups_.blocks_end();
+    const double n = static_cast<double>(n_++);
+    const double c1 = n / (n + 1.0);
+    const double c2 = 1.0 / (n + 1.0);
+    for (int64_t g = 0; g < end; ++g) {
+      const double mu = mean_[g];
+      const double d = mu - M_[g];
+      M_[g] = c1 * M_[g] + c2 * mu;
+      V_[g] = c1 * V_[g] + c2 * (rstd_[g] + c1 * (d * d));
+      mean_[g] = static_cast<A>(M_[g]);
+      rstd_[g] = static_cast<A>(V_[g] + args_.eps);
+    }
+    for (int64_t g = 0; g < end; g += W) store(rstd_ + g, A(1) / sqrt(load(rstd_ + g)));
+  }
+
+  void normalize(const T* x, T* y) {
+    const A* weight = static_cast<const A*>(args_.weight) + first_ * groups_.K;
+    const A* bias = static_cast<const A*>(args_.bias) + first_ * groups_.K;
+    for (int64_t g = 0; g < groups_.groups; g += W) {
+      groups_.for_each_vector(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
+        constexpr int J = decltype(j)::value;
+        prefetch(x + i + args_.D);
+        const Vec<A> normed = (load(x + i, n) - spread<A, P, J>(mean_ + g)) * spread<A, P, J>(rstd_ + g);
+        store(y + i, normed * load(weight + i, n) + (normed + load(bias + i, n)), n);
+      });
+    }
+  }
+
+  void finish() {
+    if (first_ == 0) args_.last_count[b_] = n_;
+    auto* mean = static_cast<A*>(args_.last_mean) + b_ * args_.G + first_;
+    auto* var = static_cast<A*>(args_.last_var) + b_ * args_.G + first_;
+    for (int64_t g = 0; g < groups_.groups; ++g) {
+      mean[g] = static_cast<A>(M_[g]);
+      var[g] = static_cast<A>(V_[g]);
+    }
+  }
+
+  const TimestepNormForward& args_;
+  const int64_t b_;
+  const int64_t first_;  // the tile's first group
+  Groups<A, P> groups_;
+  int64_t n_;
+  alignas(64) double M_[kMaxGroups];
+  alignas(64) double V_[kMaxGroups];
+  alignas(64) A mean_[kMaxGroups];  // of the last step that was not padded
+  alignas(64) A rstd_[kMaxGroups];
+};
+
+// The partial sums of one part of the batch for dweight and dbias.
+template <class A>
+struct ParameterSums {
+  double* total[2];  // [D]: of dweight, of dbias
+  A* recent[2];      // [D]: the last steps
+
+  static ParameterSums of(const TimestepNormBackward& args, int64_t part) {
+    auto* totals = static_cast<double*>(args.workspace);
+    auto* recents = reinterpret_cast<A*>(totals + args.parts().parts * 2 * args.D);
+    double* total = totals + part * 2 * args.D;
+    A* recent = recents + part * 2 * args.D;
+    return {{total, total + args.D}, {recent, recent + args.D}};
+  }
+
+  void clear(int64_t begin, int64_t end) {
+    for (int which = 0; which < 2; ++which) {
+      std::fill(total[which] + begin, total[which] + end, 0.0);
+      std::fill(recent[which] + begin, recent[which] + end, A(0));
+    }
+  }
+
+  void flush(int64_t begin, int64_t end) {
+    for (int which = 0; which < 2; ++which) {
+      for (int64_t i = begin; i < end; ++i) {
+        total[which][i] += recent[which][i];
+        recent[which][i] = 0;
+      }
+    }
+  }
+};
+
+template <class T, int P>
+class BackwardTile {
+  using A = stat_t<T>;
+  static constexpr int W = kLanes<A>;
+  static constexpr int kSteps = 8;   // taken together, and in memory order: x, dy and dx of them fit in L2
+  static constexpr int kFlush = 32;  // turns of kSteps that are summed in A before they go to double
+
+ public:
+  BackwardTile(const TimestepNormBackward& args, const ParameterSums<A>& sums, int64_t tile)
+      : args_(args), sums_(sums), first_(tile * args.tiles().groups) {
+    groups_.K = args.K();
+    groups_.groups = std::min(args.tiles().groups, args.G - first_);
+    sums_.clear(first_channel(), first_channel() + groups_.channels());
+  }
+
+  void run(int64_t b) {
+    b_ = b;
+    start();
+    int turns = 0;
+    for (int64_t t = args_.L; t > 0;) {
+      t = gather(t);
+      measure();
+      advance();
+      differentiate();
+      if (++turns % kFlush == 0) flush();
+    }
+    flush();
+    finish();
+  }
+
+ private:
+  int64_t first_channel() const { return first_ * groups_.K; }
+  bool is_padded(int64_t t) const { return args_.padding_mask != nullptr && args_.padding_mask[b_ * args_.L + t]; }
+  void flush() { sums_.flush(first_channel(), first_channel() + groups_.channels()); }
+
+  void start() {
+    n_ = args_.count == nullptr ? 0 : args_.count[b_];
+    for (int64_t t = 0; t < args_.L; ++t) n_ += !is_padded(t);
+    const auto* dmean = static_cast<const A*>(args_.dmean);
+    const auto* dvar = static_cast<const A*>(args_.dvar);
+    const int64_t offset = b_ * args_.G + first_;
+    for (int64_t g = 0; g < groups_.blocks_end(); ++g) {
+      const bool exists = g < groups_.groups;
+      aM_[g] = exists && dmean != nullptr ? dmean[offset + g] : 0.0;
+      aV_[g] = exists && dvar != nullptr ? dvar[offset + g] : 0.0;
+      for (int k = 0; k < kSteps; ++k) mean_[k][g] = rstd_[k][g] = 0;
+    }
+  }
+
+  // Collects the unpadded steps before t, up to kSteps, last first; padded ones on the way get dx = 0.
+  int64_t gather(int64_t t) {
+    const auto* mean = static_cast<const A*>(args_.step_mean);
+    const auto* rstd = static_cast<const A*>(args_.step_rstd);
+    for (steps_ = 0; t > 0 && steps_ < kSteps; --t) {
+      const int64_t row = b_ * args_.L + t - 1;
+      const int64_t offset = row * args_.D + first_channel();
+      T* dx = static_cast<T*>(args_.dx) + offset;
+      if (is_padded(t - 1)) {
+        std::memset(dx, 0, groups_.channels() * sizeof(T));
+        continue;
+      }
+      dy_[steps_] = static_cast<const T*>(args_.dy) + offset;
+      x_[steps_] = static_cast<const T*>(args_.x) + offset;
+      dx_[steps_] = dx;
+      std::memcpy(mean_[steps_], mean + row * args_.G + first_, groups_.groups * sizeof(A));
+      std::memcpy(rstd_[steps_], rstd + row * args_.G + first_, groups_.groups * sizeof(A));
+      ++steps_;
+    }
+    return t;
+  }
+
+  // The sums over the groups of u, u (x - M') and x - M'.
+  void measure() {
+    const A* weight = static_cast<const A*>(args_.weight) + first_channel();
+    for (int k = steps_ - 1; k >= 0; --k) {
+      for (int64_t g = 0; g < groups_.groups; g += W) {
+        const A* mean = mean_[k] + g;
+        const Vecs<A, 3> sums =
+            groups_.template sum<3>(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
+              prefetch(dx_[k] + i);
+              const Vec<A> dy = load(dy_[k] + i, n);
+              const Vec<A> u = dy * load(weight + i, n) + dy;
+              const Vec<A> d = first_lanes<A>(load(x_[k] + i, n) - spread<A, P, decltype(j)::value>(mean), n);
+              return Vecs<A, 3>{u, u * d, d};
+            });
+        store(shift_[k] + g, sums.v[0]);
+        store(slope_[k] + g, sums.v[1]);
+        store(drift_[k] + g, sums.v[2]);
+      }
+    }
+  }
+
+  // The adjoints of a step, and of them the two numbers dx needs: dx = r u + slope (x - M') + shift.
+  void advance() {
+    const int64_t end = groups_.blocks_end();
+    const double per_channel = 1.0 / static_cast<double>(groups_.K);
+    for (int k = 0; k < steps_; ++k, --n_) {
+      const double c2 = 1.0 / static_cast<double>(n_);
+      const double c1 = static_cast<double>(n_ - 1) / static_cast<double>(n_);
+      const double to_channel = c2 * per_channel;
+      const double to_mean = n_ == 1 ? 0.0 : 2.0 * to_channel;  // mu - M' is 0 at the first step, but for rounding
+      const A* __restrict rstd = rstd_[k];
+      const A* __restrict drift = drift_[k];
+      A* __restrict shift = shift_[k];
+      A* __restrict slope = slope_[k];
+      double* __restrict aM = aM_;
+      double* __restrict aV = aV_;
+      for (int64_t g = 0; g < end; ++g) {
+        const double r = rstd[g];
+        const double am = aM[g] - r * shift[g];
+        const double av = aV[g] - 0.5 * (r * r * r) * slope[g];
+        shift[g] = static_cast<A>(to_channel * am);
+        slope[g] = static_cast<A>(2.0 * to_channel * av);
+        aM[g] = c1 * am - to_mean * drift[g] * av;
+        aV[g] = c1 * av;
+      }
+    }
+  }
+
+  void differentiate() {
+    const A* weight = static_cast<const A*>(args_.weight) + first_channel();
+    A* dweight = sums_.recent[0] + first_channel();
+    A* dbias = sums_.recent[1] + first_channel();
+    const int64_t next = -kSteps * args_.D;
+    for (int k = steps_ - 1; k >= 0; --k) {
+      const T* dy_row = dy_[k];
+      const T* x_row = x_[k];
+      T* dx_row = dx_[k];
+      for (int64_t g = 0; g < groups_.groups; g += W) {
+        groups_.for_each_vector(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
+          constexpr int J = decltype(j)::value;
+          prefetch(dy_row + i + next);
+          prefetch(x_row + i + next);
+          const Vec<A> dy = load(dy_row + i, n);
+          const Vec<A> d = load(x_row + i, n) - spread<A, P, J>(mean_[k] + g);
+          const Vec<A> scaled = dy * spread<A, P, J>(rstd_[k] + g);
+          const Vec<A> rest = spread<A, P, J>(slope_[k] + g) * d + spread<A, P, J>(shift_[k] + g);
+          store(dx_row + i, scaled * load(weight + i, n) + (scaled + rest), n);
+          store(dweight + i, scaled * d + load(dweight + i, n), n);
+          store(dbias + i, dy + load(dbias + i, n), n);
+        });
+      }
+    }
+  }
+
+  void finish() {
+    if (args_.dmean0 == nullptr) return;
+    auto* dmean0 = static_cast<A*>(args_.dmean0) + b_ * args_.G + first_;
+    auto* dvar0 = static_cast<A*>(args_.dvar0) + b_ * args_.G + first_;
+    for (int64_t g = 0; g < groups_.groups; ++g) {
+      dmean0[g] = static_cast<A>(aM_[g]);
+      dvar0[g] = static_cast<A>(aV_[g]);
+    }
+  }
+
+  const TimestepNormBackward& args_;
+  ParameterSums<A> sums_;
+  const int64_t first_;  // the tile's first group
+  Groups<A, P> groups_;
+  int64_t b_;
+  int64_t n_;  // after the step
+  int steps_;
+  const T* dy_[kSteps];
+  const T* x_[kSteps];
+  T* dx_[kSteps];
+  alignas(64) double aM_[kMaxGroups];
+  alignas(64) double aV_[kMaxGroups];
+  alignas(64) A mean_[kSteps][kMaxGroups];
+  alignas(64) A rstd_[kSteps][kMaxGroups];
+  alignas(64) A shift_[kSteps][kMaxGroups];
+  alignas(64) A slope_[kSteps][kMaxGroups];
+  alignas(64) A drift_[kSteps][kMaxGroups];
+};
+
+template <class T, int P>
+void forward(const TimestepNormForward& args) {
+  const TimestepNormTiles tiles = args.tiles();
+  parallel_for(args.B * tiles.tiles, grain_of_rows(args.L * tiles.groups * args.K()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) ForwardTile<T, P>(args, i / tiles.tiles, i % tiles.tiles).run();
+  });
+}
+
+template <class T, int P>
+void backward(const TimestepNormBackward& args) {
+  using A = stat_t<T>;
+  const Parts parts = args.parts();
+  const int64_t tiles = args.tiles().tiles;
+  parallel_for(parts.parts * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i / tiles;
+      BackwardTile<T, P> tile(args, ParameterSums<A>::of(args, part), i % tiles);
+      for (int64_t b = parts.begin(part); b < parts.end(part); ++b) tile.run(b);
+    }
+  });
+  A* gradients[2] = {static_cast<A*>(args.dweight), static_cast<A*>(args.dbias)};
+  for (int which = 0; which < 2; ++which) {
+    for (int64_t i = 0; i < args.D; ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts.parts; ++part) sum += ParameterSums<A>::of(args, part).total[which][i];
+      gradients[which][i] = static_cast<A>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+void timestep_norm_forward(const TimestepNormForward& args) {
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    visit_group_size<stat_t<T>>(args.K(), [&](auto size) { forward<T, decltype(size)::value>(args); });
+  });
+}
+
+void timestep_norm_backward(const TimestepNormBackward& args) {
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    visit_group_size<stat_t<T>>(args.K(), [&](auto size) { backward<T, decltype(size)::value>(args); });
+  });
+}
+
+}  // namespace megalodon::cpu::MEGALODON_ISA
+
+#ifdef MEGALODON_ENTRY
+using namespace megalodon;
+
+extern "C" int megalodon_timestep_norm_forward_outputs(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                                       int64_t num_groups, double eps, const DLTensor* count,
+                                                       const DLTensor* mean, const DLTensor* var,
+                                                       const DLTensor* padding_mask, const DLTensor* cu_seqlens,
+                                                       megalodon_spec* outputs) {
+  return guarded([&] {
+    Checker c("timestep_norm");
+    check_timestep_norm(c, x, weight, bias, num_groups, eps, count, mean, var, padding_mask, cu_seqlens,
+                        Outputs(outputs));
+  });
+}
+
+extern "C" int megalodon_timestep_norm_forward(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                               int64_t num_groups, double eps, const DLTensor* count,
+                                               const DLTensor* mean, const DLTensor* var, const DLTensor* padding_mask,
+                                               const DLTensor* cu_seqlens, DLTensor* y, DLTensor* last_count,
+                                               DLTensor* last_mean, DLTensor* last_var, DLTensor* step_mean,
+                                               DLTensor* step_rstd, void* stream) {
+  return guarded([&] {
+    Checker c("timestep_norm");
+    const TimestepNormForward args =
+        check_timestep_norm(c, x, weight, bias, num_groups, eps, count, mean, var, padding_mask, cu_seqlens,
+                            {y, last_count, last_mean, last_var, step_mean, step_rstd});
+    run_on(c, args, cpu::timestep_norm_forward, stream);
+  });
+}
+
+extern "C" int megalodon_timestep_norm_backward_outputs(const DLTensor* dy, const DLTensor* dmean, const DLTensor* dvar,
+                                                        const DLTensor* x, const DLTensor* weight,
+                                                        const DLTensor* count, const DLTensor* mean,
+                                                        const DLTensor* var, const DLTensor* padding_mask,
+                                                        const DLTensor* cu_seqlens, const DLTensor* step_mean,
+                                                        const DLTensor* step_rstd, int64_t num_groups, double eps,
+                                                        megalodon_spec* outputs) {
+  return guarded([&] {
+    Checker c("timestep_norm_backward");
+    check_timestep_norm_backward(c, dy, dmean, dvar, x, weight, count, mean, var, padding_mask, cu_seqlens, step_mean,
+                                 step_rstd, num_groups, eps, Outputs(outputs));
+  });
+}
+
+extern "C" int megalodon_timestep_norm_backward(const DLTensor* dy, const DLTensor* dmean, const DLTensor* dvar,
+                                                const DLTensor* x, const DLTensor* weight, const DLTensor* count,
+                                                const DLTensor* mean, const DLTensor* var, const DLTensor* padding_mask,
+                                                const DLTensor* cu_seqlens, const DLTensor* step_mean,
+                                                const DLTensor* step_rstd, int64_t num_groups, double eps, DLTensor* dx,
+                                                DLTensor* dweight, DLTensor* dbias, DLTensor* dmean0, DLTensor* dvar0,
+                                                DLTensor* workspace, void* stream) {
+  return guarded([&] {
+    Checker c("timestep_norm_backward");
+    const TimestepNormBackward args = check_timestep_norm_backward(
+        c, dy, dmean, dvar, x, weight, count, mean, var, padding_mask, cu_seqlens, step_mean, step_rstd, num_groups,
+        eps, {dx, dweight, dbias, dmean0, dvar0, workspace});
+    run_on(c, args, cpu::timestep_norm_backward, stream);
+  });
+}
+#endif

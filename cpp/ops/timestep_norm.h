@@ -1,0 +1,197 @@
+// timestep_norm: every group of K = D / G consecutive channels normalised by its mean and variance over all time steps
+// so far. A step weighs 1 (not K), with the mean mu and the biased variance s of its group:
+//   n' = n + 1,  c1 = n / n',  c2 = 1 / n',
+//   M' = c1 M + c2 mu,  V' = c1 V + c2 s + c1 c2 (mu - M)^2,
+//   y = (x - M') * r * (weight + 1) + bias,  r = 1 / sqrt(V' + eps).
+// A padded step leaves n, M and V as they are and gives y = 0. Without a state: n = 0, M = 0, V = 1.
+//
+// Backward goes from the last step to the first, with u = dy * (weight + 1) and the adjoints aM, aV of M' and V', which
+// start as dmean and dvar. At a step, sums being over the group:
+//   aM -= r sum(u),   aV -= r^3 sum(u * (x - M')) / 2,
+//   dx = r u + c2 (aM + 2 aV (x - M')) / K,
+//   aM <- c1 aM - 2 c2 aV (mu - M'),   aV <- c1 aV.
+// That needs of the forward only M', r and the counts: mu - M' = c1 (mu - M) is the mean of x - M', so no step reads
+// the mean of the one before, and a padded step simply does nothing (its dx is 0). At the start aM, aV are dmean0,
+// dvar0.
+#pragma once
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "core/tensor.h"
+
+namespace megalodon {
+
+// One unit of work is a tile: some groups of one batch row (or of one part of the batch), over all its steps.
+struct TimestepNormTiles {
+  static constexpr int64_t kMaxGroups = 128;  // their state is on the stack
+  static constexpr int64_t kChannels = 4096;  // as wide as L2 allows: memory is fastest in one piece
+  static constexpr int64_t kNarrowest = 256;  // narrower ones only to give two threads work where B = 1
+  int64_t groups;                             // of a tile, but for the last
+  int64_t tiles;
+
+  static constexpr TimestepNormTiles of(int64_t B, int64_t G, int64_t K) {
+    int64_t channels = kChannels;
+    while (B == 1 && channels > kNarrowest && channels >= G * K) channels /= 2;
+    int64_t groups = K < 1 ? kMaxGroups : channels / K;
+    groups = groups < 1 ? 1 : groups > kMaxGroups ? kMaxGroups : groups;
+    if (groups > 16) groups -= groups % 16;  // whole blocks of every vector width
+    return {groups, (G + groups - 1) / groups};
+  }
+};
+
+struct TimestepNormForward {
+  DType dtype;                  // of x and y
+  const void* x;                // [B, L, D]
+  const void* weight;           // [D] stat
+  const void* bias;             // [D] stat
+  const int64_t* count;         // [B], nullptr: no state is given
+  const void* mean;             // [B, G] stat, nullptr with count
+  const void* var;              // [B, G] stat, nullptr with count
+  const uint8_t* padding_mask;  // [B, L], nullptr: nothing is padded
+  void* y;                      // [B, L, D]
+  int64_t* last_count;          // [B]
+  void* last_mean;              // [B, G] stat
+  void* last_var;               // [B, G] stat
+  void* step_mean;              // [B, L, G] stat
+  void* step_rstd;              // [B, L, G] stat
+  int64_t B, L, D, G;
+  double eps;
+
+  int64_t K() const { return D / G; }
+  TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
+};
+
+struct TimestepNormBackward {
+  DType dtype;                  // of dy, x and dx
+  const void* dy;               // [B, L, D]
+  const void* dmean;            // [B, G] stat, nullptr: 0
+  const void* dvar;             // [B, G] stat, nullptr: 0
+  const void* x;                // [B, L, D]
+  const void* weight;           // [D] stat
+  const int64_t* count;         // [B], nullptr: no state was given
+  const uint8_t* padding_mask;  // [B, L], nullptr: nothing is padded
+  const void* step_mean;        // [B, L, G] stat
+  const void* step_rstd;        // [B, L, G] stat
+  void* dx;                     // [B, L, D]
+  void* dweight;                // [D] stat
+  void* dbias;                  // [D] stat
+  void* dmean0;                 // [B, G] stat, nullptr with count
+  void* dvar0;                  // [B, G] stat, nullptr with count
+  void* workspace;              // [parts, 2, D] double, then [parts, 2, D] stat: sums for dweight and dbias
+  int64_t B, L, D, G;
+
+  int64_t K() const { return D / G; }
+  TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
+  Parts parts() const { return Parts::of(B, 1); }
+};
+
+// What both directions check alike.
+struct TimestepNormInputs {
+  Tensor x, weight, count, mean, var, padding_mask;
+  Dim B, L, D, G;
+  DType stat;
+};
+
+static inline TimestepNormInputs check_timestep_norm_inputs(Checker& c, const DLTensor* x, const DLTensor* weight,
+                                                            const DLTensor* count, const DLTensor* mean,
+                                                            const DLTensor* var, const DLTensor* padding_mask,
+                                                            const DLTensor* cu_seqlens, int64_t num_groups) {
+  TimestepNormInputs in{};
+  in.x = c.activation("x", x, {any("B"), any("L"), any("D")});
+  in.B = in.x.dim(0, "B");
+  in.L = in.x.dim(1, "L");
+  in.D = in.x.dim(2, "D");
+  in.G = Dim{"G", num_groups};
+  in.stat = stat_dtype(in.x.dtype);
+  c.at_least("num_groups", num_groups, 1);
+  c.require(in.D.size % num_groups == 0, "num_groups",
+            "a divisor of D = " + std::to_string(in.D.size) + " (x.shape[2])", std::to_string(num_groups));
+  in.weight = c.tensor("weight", weight, in.stat, {in.D});
+  in.count = c.optional("count", count, DType::kInt64, {in.B});
+  in.mean = c.optional("mean", mean, in.stat, {in.B, in.G});
+  in.var = c.optional("var", var, in.stat, {in.B, in.G});
+  c.require(in.count.present == in.mean.present && in.mean.present == in.var.present, "count, mean and var",
+            "given all three or none",
+            std::string("count ") + (in.count.present ? "given" : "none") + ", mean " +
+                (in.mean.present ? "given" : "none") + ", var " + (in.var.present ? "given" : "none"));
+  in.padding_mask = c.optional("padding_mask", padding_mask, DType::kBool, {in.B, in.L});
+  c.no_cu_seqlens(cu_seqlens);
+  return in;
+}
+
+static inline TimestepNormForward check_timestep_norm(Checker& c, const DLTensor* x, const DLTensor* weight,
+                                                      const DLTensor* bias_in, int64_t num_groups, double eps,
+                                                      const DLTensor* count, const DLTensor* mean, const DLTensor* var,
+                                                      const DLTensor* padding_mask, const DLTensor* cu_seqlens,
+                                                      Outputs&& out) {
+  const TimestepNormInputs in =
+      check_timestep_norm_inputs(c, x, weight, count, mean, var, padding_mask, cu_seqlens, num_groups);
+  const Tensor bias = c.tensor("bias", bias_in, in.stat, {in.D});
+  c.positive("eps", eps);
+  const int64_t B = in.B.size, L = in.L.size, G = num_groups;
+  TimestepNormForward args{};
+  args.dtype = in.x.dtype;
+  args.x = in.x.data;
+  args.weight = in.weight.data;
+  args.bias = bias.data;
+  args.count = static_cast<const int64_t*>(in.count.data);
+  args.mean = in.mean.data;
+  args.var = in.var.data;
+  args.padding_mask = static_cast<const uint8_t*>(in.padding_mask.data);
+  args.y = out.like(c, "y", in.x);
+  args.last_count = static_cast<int64_t*>(out.next(c, "count", DType::kInt64, {B}));
+  args.last_mean = out.next(c, "mean", in.stat, {B, G});
+  args.last_var = out.next(c, "var", in.stat, {B, G});
+  args.step_mean = out.next(c, "step_mean", in.stat, {B, L, G});
+  args.step_rstd = out.next(c, "step_rstd", in.stat, {B, L, G});
+  args.B = B;
+  args.L = L;
+  args.D = in.D.size;
+  args.G = G;
+  args.eps = eps;
+  return args;
+}
+
+static inline TimestepNormBackward check_timestep_norm_backward(
+    Checker& c, const DLTensor* dy_in, const DLTensor* dmean_in, const DLTensor* dvar_in, const DLTensor* x,
+    const DLTensor* weight, const DLTensor* count, const DLTensor* mean, const DLTensor* var,
+    const DLTensor* padding_mask, const DLTensor* cu_seqlens, const DLTensor* step_mean_in,
+    const DLTensor* step_rstd_in, int64_t num_groups, double eps, Outputs&& out) {
+  const TimestepNormInputs in =
+      check_timestep_norm_inputs(c, x, weight, count, mean, var, padding_mask, cu_seqlens, num_groups);
+  const Tensor dy = c.like("dy", dy_in, in.x);
+  const Tensor dmean = c.optional("dmean", dmean_in, in.stat, {in.B, in.G});
+  const Tensor dvar = c.optional("dvar", dvar_in, in.stat, {in.B, in.G});
+  const Tensor step_mean = c.tensor("step_mean", step_mean_in, in.stat, {in.B, in.L, in.G});
+  const Tensor step_rstd = c.tensor("step_rstd", step_rstd_in, in.stat, {in.B, in.L, in.G});
+  c.positive("eps", eps);
+  TimestepNormBackward args{};
+  args.dtype = in.x.dtype;
+  args.dy = dy.data;
+  args.dmean = dmean.data;
+  args.dvar = dvar.data;
+  args.x = in.x.data;
+  args.weight = in.weight.data;
+  args.count = static_cast<const int64_t*>(in.count.data);
+  args.padding_mask = static_cast<const uint8_t*>(in.padding_mask.data);
+  args.step_mean = step_mean.data;
+  args.step_rstd = step_rstd.data;
+  args.B = in.B.size;
+  args.L = in.L.size;
+  args.D = in.D.size;
+  args.G = num_groups;
+  args.dx = out.like(c, "dx", in.x);
+  args.dweight = out.like(c, "dweight", in.weight);
+  args.dbias = out.next(c, "dbias", in.stat, {in.D.size});
+  args.dmean0 = out.gradient(c, "dmean0", in.mean, in.stat);
+  args.dvar0 = out.gradient(c, "dvar0", in.var, in.stat);
+  if (!in.mean.present) args.dmean0 = args.dvar0 = nullptr;
+  const int64_t sums = args.parts().parts * 2 * args.D;
+  args.workspace = out.workspace(c, sums * (8 + size_of(in.stat)));
+  return args;
+}
+
+}  // namespace megalodon
+
+MEGALODON_CPU_KERNEL(timestep_norm_forward, TimestepNormForward)
+MEGALODON_CPU_KERNEL(timestep_norm_backward, TimestepNormBackward)

@@ -1,0 +1,121 @@
+"""chunk_attention: causal softmax attention inside chunks, with DropKey and the caches of a running chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from megalodon_ops._library import Cost, Maker, Op, Sample, registry
+from megalodon_ops._shapes import like, stat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    B, L, H, _ = q.shape
+    return like(v), stat(q, B, H, L)
+
+
+def _backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    chunk_size: int,
+    dropout_p: float,
+    seed: int,
+    cu_seqlens: Tensor | None,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    position: Tensor | None,
+) -> tuple[Tensor, ...]:
+    return like(q), like(k), like(v), like(k_cache, of=k), like(v_cache, of=v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, chunk_size, dropout_p, seed, _, k_cache, v_cache, position = inputs
+    o, lse = output
+    ctx.save_for_backward(q, k, v, o, lse, k_cache, v_cache, position)
+    ctx.sizes = chunk_size, dropout_p, seed
+    ctx.mark_non_differentiable(lse)
+
+
+def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    import torch
+
+    q, k, v, o, lse, k_cache, v_cache, position = ctx.saved_tensors
+    dq, dk, dv, dk_cache, dv_cache = torch.ops.megalodon.chunk_attention_backward(
+        dout, q, k, v, o, lse, *ctx.sizes, None, k_cache, v_cache, position
+    )
+    caches = (dk_cache, dv_cache) if k_cache is not None else (None, None)
+    return dq, dk, dv, None, None, None, None, *caches, None
+
+
+def _samples(make: Maker) -> Iterator[Sample]:
+    def inputs(B: int, L: int, H: int, S: int, E: int) -> tuple[Tensor, Tensor, Tensor]:
+        q = make.activation(B, L, H, S) * S**-0.5
+        return q, make.activation(B, L, H, S), make.activation(B, L, H, E)
+
+    def caches(B: int, C: int, H: int, S: int, E: int) -> tuple[Tensor, Tensor]:
+        return make.activation(B, C, H, S), make.activation(B, C, H, E)
+
+    yield Sample("plain", (*inputs(2, 11, 2, 8, 12), 4, 0.0, 0, None, None, None, None))
+    yield Sample("dropout", (*inputs(1, 70, 2, 6, 5), 64, 0.25, -7, None, None, None, None))
+    yield Sample(
+        "caches",
+        (*inputs(3, 9, 1, 4, 36), 8, 0.0, 0, None, *caches(3, 8, 1, 4, 36), make.ints(0, 5, 23)),
+    )
+    yield Sample(
+        "caches and dropout",
+        (*inputs(2, 7, 3, 2, 3), 6, 0.5, 99, None, *caches(2, 6, 3, 2, 3), make.ints(4, 12)),
+    )
+
+
+def _cost(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, *_: Any) -> Cost:
+    """Without what lies in caches."""
+    B, L, H, S = q.shape
+    whole, rest = divmod(L, chunk_size)
+    pairs = B * H * (whole * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
+    return Cost(
+        bytes=2 * (q.numel() + v.numel()) * q.element_size(), flops=2 * pairs * (S + v.shape[3])
+    )
+
+
+OP = registry.add(
+    Op(
+        name="chunk_attention",
+        summary="causal softmax attention inside chunks",
+        equation="o_i = sum_j softmax_j(q_i . k_j) v_j, j <= i in i's chunk",
+        schema=(
+            "(Tensor q, Tensor k, Tensor v, SymInt chunk_size, float dropout_p=0.0, int seed=0,"
+            " Tensor? cu_seqlens=None, Tensor? k_cache=None, Tensor? v_cache=None,"
+            " Tensor? position=None) -> (Tensor o, Tensor lse)"
+        ),
+        fake=_fake,
+        backward_schema=(
+            "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt chunk_size,"
+            " float dropout_p, int seed, Tensor? cu_seqlens, Tensor? k_cache, Tensor? v_cache,"
+            " Tensor? position)"
+            " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_cache, Tensor dv_cache)"
+        ),
+        backward_fake=_backward_fake,
+        setup_context=_setup_context,
+        gradients=_gradients,
+        samples=_samples,
+        cost=_cost,
+    )
+)

@@ -1,0 +1,90 @@
+"""layer_norm: shapes drawn at random, extremes, bad arguments."""
+
+from typing import Any
+
+import pytest
+import torch
+from checks import DTYPES, check_forward, check_gradients
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalodon_ops import layer_norm, registry
+from megalodon_ops._library import Maker
+
+OP = registry["layer_norm"]
+
+
+@given(
+    lead=st.lists(st.integers(0, 5), max_size=3),
+    D=st.integers(2, 200),
+    affine=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(isa: str, lead: list[int], D: int, affine: bool, dtype: torch.dtype) -> None:
+    make = Maker(dtype)
+    parameters = (make.stat(D), make.stat(D)) if affine else (None, None)
+    args = (make.activation(*lead, D), *parameters, 1e-3)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+def test_empty_rows() -> None:
+    assert layer_norm(torch.empty(3, 0)).shape == (3, 0)
+
+
+def test_one_element_gives_the_bias() -> None:
+    y = layer_norm(torch.randn(4, 1), torch.randn(1), torch.tensor([2.0]))
+    assert torch.equal(y, torch.full((4, 1), 2.0))
+
+
+def test_a_large_mean_does_not_cancel() -> None:
+    x = torch.randn(4, 512) + 1e4
+    wanted = torch.nn.functional.layer_norm(x.double(), (512,))
+    torch.testing.assert_close(layer_norm(x).double(), wanted, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_constant_rows_give_zero(dtype: torch.dtype) -> None:
+    assert not layer_norm(torch.full((2, 64), 1e4, dtype=dtype)).any()
+
+
+def test_nan_and_inf_propagate_within_their_row() -> None:
+    x = torch.randn(3, 40)
+    x[0, 7], x[1, 7] = float("nan"), float("inf")
+    y = layer_norm(x)
+    assert y[0].isnan().all()
+    assert y[1].isnan().all()
+    assert torch.isfinite(y[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(())}, ValueError, r"layer_norm: x must be \[\.\.\., D\]; got \[\]"),
+        (
+            {"bias": torch.ones(7)},
+            ValueError,
+            r"layer_norm: bias must be \[D\] with D = 8 \(x\.shape\[2\]\); got \[7\]",
+        ),
+        (
+            {"bias": None},
+            ValueError,
+            "layer_norm: weight and bias must be given both or neither; got weight alone",
+        ),
+        (
+            {"weight": torch.ones(8, dtype=torch.float64)},
+            TypeError,
+            "layer_norm: weight must be float32; got float64",
+        ),
+        ({"eps": 0.0}, ValueError, "layer_norm: eps must be positive and finite; got 0"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.ones(2, 3, 8),
+        "weight": torch.ones(8),
+        "bias": torch.ones(8),
+        "eps": 1e-5,
+    }
+    with pytest.raises(error, match=message):
+        layer_norm(**{**arguments, **change})
