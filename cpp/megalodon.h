@@ -98,8 +98,8 @@ MEGALODON_API int megalodon_cema_kernel_forward_outputs(const DLTensor* alpha, c
                                                         const DLTensor* theta, const DLTensor* gamma, int64_t length,
                                                         megalodon_spec* outputs);
 MEGALODON_API int megalodon_cema_kernel_forward(const DLTensor* alpha, const DLTensor* delta, const DLTensor* theta,
-                                                const DLTensor* gamma, int64_t length, DLTensor* k,
-                                                DLTensor* workspace, void* stream);
+                                                const DLTensor* gamma, int64_t length, DLTensor* k, DLTensor* workspace,
+                                                void* stream);
 MEGALODON_API int megalodon_cema_kernel_backward_outputs(const DLTensor* dk, const DLTensor* alpha,
                                                          const DLTensor* delta, const DLTensor* theta,
                                                          const DLTensor* gamma, megalodon_spec* outputs);

@@ -37,6 +37,11 @@ struct Parts {
     const int64_t wanted = (count + least - 1) / least;
     return {count, wanted < 1 ? 1 : wanted > most ? most : wanted};
   }
+  // Of the rows of D elements whose parameter gradients are summed. On the GPU a part is what 32 to 256 threads work
+  // on: enough of them to fill it.
+  static constexpr Parts of_rows(int64_t count, int64_t D, bool on_cuda) {
+    return on_cuda ? of(count, 16, D > 1024 ? 512 : 2048) : of(count, 32);
+  }
   MEGALODON_HOST_DEVICE constexpr int64_t begin(int64_t part) const { return count * part / parts; }
   MEGALODON_HOST_DEVICE constexpr int64_t end(int64_t part) const { return count * (part + 1) / parts; }
 };

@@ -199,13 +199,13 @@ void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), 
 }  // namespace megalodon
 
 #if defined(MEGALODON_WITH_CUDA) || defined(MEGALODON_SIMT)
-#define MEGALODON_CUDA_KERNEL(NAME, ARGS)  \
-  namespace megalodon::cuda {              \
+#define MEGALODON_CUDA_KERNEL(NAME, ARGS)    \
+  namespace megalodon::cuda {                \
   void NAME(const ARGS& args, void* stream); \
   }
 #else
-#define MEGALODON_CUDA_KERNEL(NAME, ARGS)            \
-  namespace megalodon::cuda {                        \
-  constexpr CudaKernel<ARGS> NAME = nullptr;         \
+#define MEGALODON_CUDA_KERNEL(NAME, ARGS)    \
+  namespace megalodon::cuda {                \
+  constexpr CudaKernel<ARGS> NAME = nullptr; \
   }
 #endif

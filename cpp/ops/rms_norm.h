@@ -72,8 +72,7 @@ static inline RmsNormBackward check_rms_norm_backward(Checker& c, const DLTensor
   args.dx = out.like(c, "dx", x);
   args.dweight = out.gradient(c, "dweight", weight, stat);
   if (!weight.present) args.dweight = nullptr;
-  // On the GPU a part is what 32 to 256 threads work on: enough of them to fill it.
-  args.parts = c.on_cuda() ? Parts::of(args.R, 16, args.D > 1024 ? 512 : 2048) : Parts::of(args.R, 32);
+  args.parts = Parts::of_rows(args.R, args.D, c.on_cuda());
   args.workspace = out.workspace(c, weight.present ? args.parts.parts * args.D * size_of(stat) : 0);
   return args;
 }

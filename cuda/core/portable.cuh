@@ -31,9 +31,9 @@
   type* const name = reinterpret_cast<type*>(dynamic_shared_bytes)
 #define UNROLL _Pragma("unroll")
 #else
-#define SHARED(type, name, ...)           \
-  using name##_type = type __VA_ARGS__;   \
-  static const char name##_key = 0;       \
+#define SHARED(type, name, ...)            \
+  using name##_type = type __VA_ARGS__;    \
+  static const char name##_key = 0;        \
   auto& name = *static_cast<name##_type*>( \
       ::megalodon::simt::shared_static(&name##_key, sizeof(name##_type), alignof(name##_type), #name))
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::megalodon::simt::shared_dynamic())
@@ -284,8 +284,7 @@ DEVICE float widen(f16 value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const bool is_finite = (value.bits & 0x7c00) != 0x7c00;
-  const uint32_t scaled =
-      is_finite ? bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f) : magnitude | 0x7f800000u;
+  const uint32_t scaled = is_finite ? bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f) : magnitude | 0x7f800000u;
   return bits_as<float>(scaled | sign);
 #endif
 }

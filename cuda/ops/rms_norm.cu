@@ -8,9 +8,8 @@
 // Traffic   forward 2, backward 3 elements moved per element, 2 and 8 FLOPs: memory-bound.
 // Numerics  sums in float (double for float64), in a fixed order. dweight: one partial sum per part, added in order.
 // Limits    none; rows that are no multiple of 16 bytes, or not so aligned, go element by element.
-#include "ops/rms_norm.h"
-
 #include "core/rows.cuh"
+#include "ops/rms_norm.h"
 
 namespace megalodon::cuda {
 namespace {
@@ -28,8 +27,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       UNROLL
       for (int j = 0; j < V; ++j) sum += widen(pack.v[j]) * widen(pack.v[j]);
     };
-    for_columns<V>(D, [&](int k, int64_t i) { add(packs[k] = load<V>(xr + i)); },
-                   [&](int64_t i) { add(load<V>(xr + i)); });
+    for_columns<V>(
+        D, [&](int k, int64_t i) { add(packs[k] = load<V>(xr + i)); }, [&](int64_t i) { add(load<V>(xr + i)); });
     const A scale = A(1) / sqrt(row_sum(sum) / static_cast<A>(D) + eps);
     if (threadIdx.x == 0) rstd[r] = scale;
     const auto finish = [&](Pack<T, V> pack, int64_t i) {
@@ -42,8 +41,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       }
       store(y + r * D + i, pack);
     };
-    for_columns<V>(D, [&](int k, int64_t i) { finish(packs[k], i); },
-                   [&](int64_t i) { finish(load<V>(xr + i), i); });
+    for_columns<V>(D, [&](int k, int64_t i) { finish(packs[k], i); }, [&](int64_t i) { finish(load<V>(xr + i), i); });
   }
 }
 
@@ -96,8 +94,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       }
       store(dx + r * D + i, xp);
     };
-    for_columns<V>(D, [&](int k, int64_t i) { finish(xs[k], dys[k], i); },
-                   [&](int64_t i) { finish(load<V>(xr + i), load<V>(dyr + i), i); });
+    for_columns<V>(
+        D, [&](int k, int64_t i) { finish(xs[k], dys[k], i); },
+        [&](int64_t i) { finish(load<V>(xr + i), load<V>(dyr + i), i); });
   }
   if (weight == nullptr) return;
   for_columns<V>(

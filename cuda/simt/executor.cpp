@@ -38,8 +38,8 @@ void read_schedule() {
     executor.order = Order::kRandom;
     seed = std::strtoull(text.c_str() + 7, nullptr, 10);
   } else {
-    throw std::runtime_error(
-        "simt: MEGALODON_SIMT_SCHEDULE must be forward, reverse, lockstep or random:SEED; got " + text);
+    throw std::runtime_error("simt: MEGALODON_SIMT_SCHEDULE must be forward, reverse, lockstep or random:SEED; got " +
+                             text);
   }
   executor.random_state = seed * 0x9e3779b97f4a7c15ull + 1;
 }

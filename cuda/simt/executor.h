@@ -12,12 +12,12 @@
 
 namespace megalodon::simt {
 
-constexpr uint32_t kResidentBlocks = 4;           // in flight at a time, so that blocks can wait for each other
-constexpr uint32_t kMaxThreads = 1024;            // per block
-constexpr size_t kMaxSharedBytes = 227 * 1024;    // per block, of an H100
-constexpr size_t kArenaBytes = 256 * 1024;        // with room for the red zones
+constexpr uint32_t kResidentBlocks = 4;         // in flight at a time, so that blocks can wait for each other
+constexpr uint32_t kMaxThreads = 1024;          // per block
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // per block, of an H100
+constexpr size_t kArenaBytes = 256 * 1024;      // with room for the red zones
 constexpr size_t kRedZoneBytes = 64;
-constexpr uint64_t kMaxIdleSpins = 1000 * 1000;   // spins without any progress: a livelock
+constexpr uint64_t kMaxIdleSpins = 1000 * 1000;  // spins without any progress: a livelock
 
 // What is known to have happened before: accesses of a block, warp or thread (the key) with a smaller number than the
 // value. See race.cpp.

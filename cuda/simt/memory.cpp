@@ -66,7 +66,8 @@ void* shared_static(const void* key, size_t bytes, size_t alignment, const char*
 void* shared_dynamic() { return executor.current->block->dynamic_shared; }
 
 void async_copy(void* shared, const void* global, int bytes, int source_bytes) {
-  const auto addresses = reinterpret_cast<uintptr_t>(shared) | (source_bytes > 0 ? reinterpret_cast<uintptr_t>(global) : 0);
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(shared) | (source_bytes > 0 ? reinterpret_cast<uintptr_t>(global) : 0);
   if (addresses % bytes != 0) fail("an asynchronous copy of %d bytes is not aligned to as many", bytes);
   if (!executor.in_arenas(shared)) fail("the destination of an asynchronous copy is not shared memory");
   race_write(shared, bytes);

@@ -73,8 +73,7 @@ bool ordered(const Access& earlier, const Thread& thread) {
   if (knows(thread, key_of(kBlock, earlier.block, 0), earlier.epoch)) return true;
   if (earlier.warp == kSeveral) return false;
   if (knows(thread, key_of(kWarp, earlier.block, earlier.warp), earlier.warp_epoch)) return true;
-  return earlier.thread != kSeveral &&
-         knows(thread, key_of(kThread, earlier.block, earlier.thread), earlier.clock);
+  return earlier.thread != kSeveral && knows(thread, key_of(kThread, earlier.block, earlier.thread), earlier.clock);
 }
 
 Access access_of(const Thread& thread, bool atomic, const void* code) {
@@ -106,8 +105,8 @@ void check(const Access& earlier, const char* what, const Access& now, const cha
   if (earlier.epoch == 0 || (earlier.atomic && now.atomic) || ordered(earlier, thread)) return;
   const char* where = executor.in_arenas(address) ? "shared" : "global";
   const std::string who = earlier.thread == kSeveral ? "several threads" : "thread " + std::to_string(earlier.thread);
-  fail("RACE: %s of %s memory %p, after an unordered %s by %s of block %u (code at %p and %p)", how, where, address, what,
-       who.c_str(), earlier.block, now.code, earlier.code);
+  fail("RACE: %s of %s memory %p, after an unordered %s by %s of block %u (code at %p and %p)", how, where, address,
+       what, who.c_str(), earlier.block, now.code, earlier.code);
 }
 
 void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
@@ -220,10 +219,10 @@ void on_atomic(const void* address, int bytes, bool reads, bool writes, bool acq
 
 // ---- what the compiler calls ----------------------------------------------------------------------------------------
 
-#define MEGALODON_TRACE(size)                                                                                  \
-  void __tsan_read##size(void* p) { megalodon::simt::access(p, size, false, __builtin_return_address(0)); }    \
-  void __tsan_write##size(void* p) { megalodon::simt::access(p, size, true, __builtin_return_address(0)); }    \
-  void __tsan_unaligned_read##size(void* p) { __tsan_read##size(p); }                                          \
+#define MEGALODON_TRACE(size)                                                                               \
+  void __tsan_read##size(void* p) { megalodon::simt::access(p, size, false, __builtin_return_address(0)); } \
+  void __tsan_write##size(void* p) { megalodon::simt::access(p, size, true, __builtin_return_address(0)); } \
+  void __tsan_unaligned_read##size(void* p) { __tsan_read##size(p); }                                       \
   void __tsan_unaligned_write##size(void* p) { __tsan_write##size(p); }
 
 extern "C" {

@@ -39,7 +39,7 @@ struct Site {
   const char* file;
   int line;
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
-  bool operator==(const Site& other) const { 
+  bool operator==(const Site& other) const {
     return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
   }
 };

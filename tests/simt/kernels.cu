@@ -1,10 +1,9 @@
 // Small kernels of the kinds the library has, each right and with mistakes seeded: what the executor must pass, and
 // what it must catch.
-#include "kernels.h"
-
 #include <stdexcept>
 
 #include "core/portable.cuh"
+#include "kernels.h"
 
 namespace megalodon::cuda {
 namespace {
@@ -17,7 +16,8 @@ DEVICE float warp_sum(float value) {
   return value;
 }
 
-// ---- the sum of every row: warp sums meet in shared memory -----------------------------------------------------------
+// ---- the sum of every row: warp sums meet in shared memory
+// -----------------------------------------------------------
 
 template <Bug kBug>
 __global__ void row_sum_kernel(const float* x, float* sums, float* scaled, int columns) {
@@ -48,7 +48,8 @@ __global__ void row_sum_kernel(const float* x, float* sums, float* scaled, int c
   }
 }
 
-// ---- inclusive scan in one pass: blocks look back at the sums their predecessors have published ------------------------
+// ---- inclusive scan in one pass: blocks look back at the sums their predecessors have published
+// ------------------------
 
 constexpr uint64_t kAggregate = uint64_t{1} << 62;
 constexpr uint64_t kPrefix = uint64_t{2} << 62;
@@ -105,7 +106,8 @@ __global__ void scan_kernel(const uint32_t* x, uint32_t* y, uint64_t* states, ui
   if (i < length) y[i] = before + scan;
 }
 
-// ---- two-stage pipeline of asynchronous copies -------------------------------------------------------------------------
+// ---- two-stage pipeline of asynchronous copies
+// -------------------------------------------------------------------------
 
 template <Bug kBug>
 __global__ void pipeline_kernel(const float* x, float* y, int tiles) {
@@ -130,7 +132,8 @@ __global__ void pipeline_kernel(const float* x, float* y, int tiles) {
   }
 }
 
-// ---- a warp reverses its values through shared memory ------------------------------------------------------------------
+// ---- a warp reverses its values through shared memory
+// ------------------------------------------------------------------
 
 template <Bug kBug>
 __global__ void reverse_kernel(const float* x, float* y) {
@@ -141,7 +144,8 @@ __global__ void reverse_kernel(const float* x, float* y) {
   y[t] = values[t ^ 31];
 }
 
-// ---- the last block to finish adds up what all blocks have left --------------------------------------------------------
+// ---- the last block to finish adds up what all blocks have left
+// --------------------------------------------------------
 
 template <Bug kBug>
 __global__ void last_block_kernel(const float* x, float* partial, uint32_t* done, float* sum) {
@@ -160,7 +164,8 @@ __global__ void last_block_kernel(const float* x, float* partial, uint32_t* done
   *sum = total;
 }
 
-// ---- waits that never end ----------------------------------------------------------------------------------------------
+// ---- waits that never end
+// ----------------------------------------------------------------------------------------------
 
 __global__ void deadlock_kernel(float* y) {
   float value = 1;
@@ -178,7 +183,9 @@ __global__ void exits_early_kernel(const float* x, float* y, int length) {
   sync_block();
 }
 
-__global__ void wrong_mask_kernel(const float* x, float* y) { y[threadIdx.x] = shuffle(x[threadIdx.x], 0, 0x0000ffffu); }
+__global__ void wrong_mask_kernel(const float* x, float* y) {
+  y[threadIdx.x] = shuffle(x[threadIdx.x], 0, 0x0000ffffu);
+}
 
 }  // namespace
 
@@ -197,21 +204,19 @@ void row_sum(Bug bug, const float* x, float* sums, float* scaled, int rows, int 
 
 void scan(Bug bug, const uint32_t* x, uint32_t* y, uint64_t* states, uint32_t* ticket, int length) {
   with_bug<Bug::kNone, Bug::kBlockOrder, Bug::kMissingBarrier>(bug, [&](auto kBug) {
-    launch({"scan", dim3((length + kThreads - 1) / kThreads), dim3(kThreads)}, scan_kernel<kBug()>, x, y, states, ticket,
-           length);
+    launch({"scan", dim3((length + kThreads - 1) / kThreads), dim3(kThreads)}, scan_kernel<kBug()>, x, y, states,
+           ticket, length);
   });
 }
 
 void pipeline(Bug bug, const float* x, float* y, int tiles) {
-  with_bug<Bug::kNone, Bug::kMissingAsyncWait, Bug::kMissingBarrier>(bug, [&](auto kBug) {
-    launch({"pipeline", dim3(1), dim3(kThreads)}, pipeline_kernel<kBug()>, x, y, tiles);
-  });
+  with_bug<Bug::kNone, Bug::kMissingAsyncWait, Bug::kMissingBarrier>(
+      bug, [&](auto kBug) { launch({"pipeline", dim3(1), dim3(kThreads)}, pipeline_kernel<kBug()>, x, y, tiles); });
 }
 
 void reverse(Bug bug, const float* x, float* y) {
-  with_bug<Bug::kNone, Bug::kMissingSyncWarp>(bug, [&](auto kBug) {
-    launch({"reverse", dim3(1), dim3(kThreads)}, reverse_kernel<kBug()>, x, y);
-  });
+  with_bug<Bug::kNone, Bug::kMissingSyncWarp>(
+      bug, [&](auto kBug) { launch({"reverse", dim3(1), dim3(kThreads)}, reverse_kernel<kBug()>, x, y); });
 }
 
 void last_block(Bug bug, const float* x, float* partial, uint32_t* done, float* sum, int blocks) {

@@ -90,9 +90,9 @@ bool waits(Bug bug) {
   return y == x;
 }
 
-const std::map<std::string, std::function<bool(Bug)>> kKernels = {
-    {"row_sum", row_sum}, {"scan", scan},           {"pipeline", pipeline},
-    {"reverse", reverse}, {"last_block", last_block}, {"waits", waits}};
+const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", row_sum},       {"scan", scan},
+                                                                  {"pipeline", pipeline},     {"reverse", reverse},
+                                                                  {"last_block", last_block}, {"waits", waits}};
 
 const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_mask", Bug::kMissingMask},
