@@ -80,6 +80,10 @@ foreach(build IN LISTS simt_builds)
   endif()
 endforeach()
 
+if(simt_builds)
+  add_custom_target(simt DEPENDS ${simt_targets})
+endif()
+
 # -Wno-uninitialized: registers of a loop that only nvcc unrolls.
 foreach(target IN LISTS simt_targets)
   target_include_directories(${target} PRIVATE cpp cuda)

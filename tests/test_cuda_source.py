@@ -23,11 +23,11 @@ FORBIDDEN = {
     r"\b__shared__\b": "SHARED or DYNAMIC_SHARED",
     r"\b__CUDA_ARCH__\b|\b__CUDACC__\b|\bMEGALODON_NVCC\b": "a template parameter",
     r"\bvolatile\b": "load_acquire",
-    r"\b__(syncthreads|syncwarp|shfl|ballot|any|all|threadfence|activemask|match)\w*": "core/portable.cuh",
+    r"\b__(sync|shfl|ballot|any|all|threadfence|activemask|match)\w*": "core/portable.cuh",
     r"\batomic[A-Z]\w*": "atomic_add",
-    r"\bcuda(Malloc|Free|Memcpy|Memset|\w*Synchronize|LaunchKernel)\w*": "nothing: launchers neither allocate nor wait",
-    r"\bgetenv\b|\bprintf\b": "nothing: kernels read no environment and print nothing",
-    r"\bnew\b|\bmalloc\b": "workspace that check() computes",
+    r"\bcuda(Malloc|Free|Memcpy|Memset|\w*Synchronize|LaunchKernel)\w*": "a workspace, a stream",
+    r"\bgetenv\b|\bprintf\b": "arguments",
+    r"\bnew\b|\bmalloc\b": "a workspace",
 }
 PARAGRAPHS = ("Computes", "Layout", "Mapping", "Traffic", "Numerics", "Limits")
 

@@ -39,8 +39,8 @@ struct CemaShape {
   }
   int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
 
-  // The fft algorithm: points of the transform, constants, and tasks with `arrays` transformed arrays and `rows` rows
-  // of sums per wavelet besides the response, its coefficients and sums, and what a state adds to the output.
+  // The fft algorithm: points of the transform, constants, and tasks with `arrays` transformed arrays and `rows` rows of
+  // sums per wavelet besides the response, its coefficients and sums, and what a state adds to the output.
   int64_t fft_length() const { return B * D == 0 ? 0 : L; }  // L, unless there is nothing of that length
   int64_t fft_size() const { return fft_points(fft_length()); }
   int64_t fft_table(DType dtype) const { return fft_table_bytes(fft_size(), stat_dtype(dtype)); }

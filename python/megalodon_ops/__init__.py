@@ -13,7 +13,8 @@ import os
 import sys
 from typing import Any
 
-# For the tests: "simt", "simt_asan" or "simt_race" runs the CUDA kernels on CPU tensors, in the host executor.
+# For the tests: "simt", "simt_asan" or "simt_race" runs the CUDA kernels on CPU tensors, in the
+# host executor (cuda/simt).
 if os.environ.get("MEGALODON_TEST_BACKEND"):
     _C = importlib.import_module(f"megalodon_ops._C_{os.environ['MEGALODON_TEST_BACKEND']}")
     sys.modules["megalodon_ops._C"] = _C

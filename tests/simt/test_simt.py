@@ -1,6 +1,7 @@
 """The executor that runs CUDA kernels on the CPU: every seeded mistake is caught, and nothing else.
 
-The programs simt_tests_{build} (tests/simt/main.cpp) are built with -DMEGALODON_SIMT="plain;asan;race".
+The programs simt_tests_{build} (tests/simt/main.cpp) are built with
+-DMEGALODON_SIMT="plain;asan;race".
 """
 
 import os
