@@ -150,11 +150,16 @@ PYBIND11_MODULE(MEGALODON_EXTENSION, module) {
   MEGALODON_DEFINE(cema_kernel_backward);
   MEGALODON_DEFINE(fft_conv_forward);
   MEGALODON_DEFINE(fft_conv_backward);
+PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(cema_forward);
   MEGALODON_DEFINE(cema_backward);
+  MEGALODON_DEFINE(cema_kernel_forward);
+  MEGALODON_DEFINE(cema_kernel_backward);
   MEGALODON_DEFINE(chunk_attention_forward);
   MEGALODON_DEFINE(chunk_attention_backward);
   MEGALODON_DEFINE(chunk_attention_step_forward);
+  MEGALODON_DEFINE(fft_conv_forward);
+  MEGALODON_DEFINE(fft_conv_backward);
   MEGALODON_DEFINE(layer_norm_forward);
   MEGALODON_DEFINE(layer_norm_backward);
   MEGALODON_DEFINE(qk_norm_rope_forward);

@@ -8,6 +8,7 @@ from megalodon_ops.ops import (
     qk_norm_rope,
     rms_norm,
     silu_mul,
+    timestep_norm,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "silu_mul",
+    "timestep_norm",
 ]
