@@ -138,6 +138,7 @@ MEGALODON_API int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh
                                           const DLTensor* cu_seqlens, const char* algorithm, DLTensor* dx,
                                           DLTensor* dalpha, DLTensor* ddelta, DLTensor* dtheta, DLTensor* dgamma,
                                           DLTensor* domega, DLTensor* dh0, DLTensor* workspace, void* stream);
+
 /* chunk_attention: causal softmax attention inside chunks of chunk_size tokens, nothing across chunks; scores unscaled.
  * q, k (B, L, H, S); v, o (B, L, H, E); lse (B, H, L). Token 0 of row b stands at position[b]; the tokens of its chunk
  * that came before are k_cache (B, C, H, S), v_cache (B, C, H, E), [:, :position % C]; the three all or none. DropKey

@@ -10,7 +10,7 @@ from build_tree import ROOT, build_tree, library, missing
 
 from megalodon_ops import _C, registry
 
-OPS_LIST = re.search(r"set\(all_ops\s+([\w\s]+?)\)", (ROOT / "CMakeLists.txt").read_text())
+OPS_LIST = re.search(r"set\(all_ops\s+([\w\s]+?)\s*\)", (ROOT / "CMakeLists.txt").read_text())
 assert OPS_LIST is not None
 OPS = OPS_LIST.group(1).split()
 

@@ -4,11 +4,11 @@
 // real polynomials has the steps 0 .. H-1 of their convolution as its real part and the steps H .. 2H-1 as its
 // imaginary part: the real part is the causal convolution, nothing wraps around, and H points do the work of 2H.
 //
-// The transform evaluates by splitting: t^2h - c^2 = (t^h - c)(t^h + c) sends a(t) + t^h b(t) to a + c b and a - c b. One
-// constant c serves a whole node of this tree, so it stays in a register, and nothing is ever reordered: the points come
-// out in the order of the tree, which is all a product needs, and the inverse undoes the tree. A pass does three levels
-// at once (radix 8) where there are 32 registers, two (radix 4) elsewhere; the root may be of radix 2 or 3 to reach
-// H = 2^m and 3 * 2^m.
+// The transform evaluates by splitting: t^2h - c^2 = (t^h - c)(t^h + c) sends a(t) + t^h b(t) to a + c b and a - c b.
+// One constant c serves a whole node of this tree, so it stays in a register, and nothing is ever reordered: the points
+// come out in the order of the tree, which is all a product needs, and the inverse undoes the tree. A pass does three
+// levels at once (radix 8) where there are 32 registers, two (radix 4) elsewhere; the root may be of radix 2 or 3 to
+// reach H = 2^m and 3 * 2^m.
 //
 // The tree is walked depth first, transform, product and inverse together: a subtree that fits in L1 or L2 goes through
 // all its passes before the next one is touched. At the leaves the last pass, the product and the first pass of the
@@ -279,7 +279,8 @@ class Fft {
     for (int m = 0; m < R; ++m) put(z + 2 * m, v[m]);
   }
 
-  // The node's modulus is t^size - e^(2 pi i turns): 1/4 at the root, and from a node to its child m by the digits of m.
+  // The node's modulus is t^size - e^(2 pi i turns): 1/4 at the root, and from a node to its child m by the digits of
+  // m.
   double turns(int pass, int64_t p) const {
     double turns = 0.25;
     for (int i = 0; i < pass; ++i) {

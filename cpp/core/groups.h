@@ -75,18 +75,6 @@ inline Vec<A> spread(const A* block) {
   }
 }
 
-template <class A, int... I>
-inline Vec<A> lane_numbers(std::integer_sequence<int, I...>) {
-  return Vec<A>{static_cast<A>(I)...};
-}
-
-// v with all lanes from n on set to 0.
-template <class A>
-inline Vec<A> first_lanes(Vec<A> v, int64_t n) {
-  if (n >= kLanes<A>) return v;
-  return lane_numbers<A>(std::make_integer_sequence<int, kLanes<A>>{}) < splat(static_cast<A>(n)) ? v : Vec<A>{};
-}
-
 template <class F, int... J>
 __attribute__((always_inline)) inline void for_each_index(const F& f, std::integer_sequence<int, J...>) {
   (f(std::integral_constant<int, J>{}), ...);

@@ -3,9 +3,9 @@
 //   analysis   S_n = sum_t v_t q_n^t,  U_n = sum_t t v_t q_n^t  (its adjoint, and the derivative by log q)
 // for t = 0 .. L-1, any c (complex) and v (real) per lane.
 //
-// With t = block + j, j < 32, q^t is q^block q^j: a table of q^j in A, made in float64, and one factor q^block per block,
-// carried in float64 and restarted every 2048 steps from exp(t log|q|) and the angle t arg q (reduced exactly), so that
-// rounding does not add up over L. Synthesis is 2 N FMA per value, analysis 2 N (4 N and 4 N additions with U).
+// With t = block + j, j < 32, q^t is q^block q^j: a table of q^j in A, made in float64, and one factor q^block per
+// block, carried in float64 and restarted every 2048 steps from exp(t log|q|) and the angle t arg q (reduced exactly),
+// so that rounding does not add up over L. Synthesis is 2 N FMA per value, analysis 2 N (4 N and 4 N additions with U).
 // A wavelet whose factor has become 0 in A (below the smallest normal number) in every lane is left out from there on.
 #pragma once
 
@@ -105,7 +105,7 @@ class Powers {
   }
 
  private:
-  static constexpr int64_t kRow = 2 * (kPowerSteps + 1);      // one more, so that rows do not share cache sets
+  static constexpr int64_t kRow = 2 * (kPowerSteps + 1);     // one more, so that rows do not share cache sets
   static constexpr int kWidth = kVectorBytes == 64 ? 4 : 2;  // steps in registers
 
   void fill(const Wavelet<Double>& w, int64_t n, int64_t i) {
@@ -135,8 +135,8 @@ class Powers {
     return N_;
   }
 
-  // The factors start(n, i) q_n^b of the four blocks b of the tile at t, in narrow_ for those wavelets of live_ that are
-  // still alive; current_ keeps them for the next tile, and holds the first in between. Returns how many are alive.
+  // The factors start(n, i) q_n^b of the four blocks b of the tile at t, in narrow_ for those wavelets of live_ that
+  // are still alive; current_ keeps them for the next tile, and holds the first in between. Returns how many are alive.
   template <class Start>
   int64_t factors(int64_t live, int64_t t, Start&& start) {
     int64_t kept = 0;
@@ -183,7 +183,8 @@ class Powers {
     }
   }
 
-  // From the last step down: after step j, re is the sum over i >= j, and the sum of those for j >= 1 is the sum of j v_j.
+  // From the last step down: after step j, re is the sum over i >= j, and the sum of those for j >= 1 is the sum of j
+  // v_j.
   template <bool kWeighted>
   void analyze_wavelet(int64_t l, int64_t t, const Vec<A>* tile, double* sums) const {
     constexpr int kBlocks = kVectorBytes == 64 || !kWeighted ? 4 : 2;

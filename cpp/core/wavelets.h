@@ -134,9 +134,16 @@ void products(const Parameters<A>& parameters, int64_t d, double* c) {
   }
 }
 
-// What a backward pass has summed for one wavelet of a vector of channels: kSums rows of kLanes<A> doubles, the fields of
-// WaveletSums but with log|q| in the place of |q|.
-enum : int64_t { kSumLog, kSumPhi, kSumInput, kSumProduct, kSumOutput = kSumProduct + 2, kWaveletSums = kSumOutput + 2 };
+// What a backward pass has summed for one wavelet of a vector of channels: kSums rows of kLanes<A> doubles, the fields
+// of WaveletSums but with log|q| in the place of |q|.
+enum : int64_t {
+  kSumLog,
+  kSumPhi,
+  kSumInput,
+  kSumProduct,
+  kSumOutput = kSumProduct + 2,
+  kWaveletSums = kSumOutput + 2
+};
 
 // The gradients of k_t = Re sum_n c_n q_n^t from S and U of dk (core/powers.h), added to sums [N, kWaveletSums, W].
 template <class A>

@@ -39,8 +39,8 @@ struct CemaShape {
   }
   int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
 
-  // The fft algorithm: points of the transform, constants, and tasks with `arrays` transformed arrays and `rows` rows of
-  // sums per wavelet besides the response, its coefficients and sums, and what a state adds to the output.
+  // The fft algorithm: points of the transform, constants, and tasks with `arrays` transformed arrays and `rows` rows
+  // of sums per wavelet besides the response, its coefficients and sums, and what a state adds to the output.
   int64_t fft_length() const { return B * D == 0 ? 0 : L; }  // L, unless there is nothing of that length
   int64_t fft_size() const { return fft_points(fft_length()); }
   int64_t fft_table(DType dtype) const { return fft_table_bytes(fft_size(), stat_dtype(dtype)); }
@@ -51,6 +51,14 @@ struct CemaShape {
                             own + arrays * fft_array_bytes(fft_size()) + wavelet_rows_bytes(N, rows));
   }
 };
+
+// What auto means. The scan costs 6 N FMA per element forward and 22 N backward, the transforms about as much as 200
+// FMA forward and 300 backward, whatever N, and 2 N more for the last state. Measured (float32, AVX-512, one thread, L
+// from 256 to 8192): forward the scan is faster up to N = 32, and beyond unless the wavelets have decayed, which the
+// shape does not tell; backward the transforms take 0.2 to 0.9 of the scan's time from N = 32 on, and are even with it
+// at 16.
+constexpr int64_t kFftBackwardWavelets = 32;
+constexpr int64_t kFftBackwardSteps = 256;
 
 struct CemaForward : CemaShape {
   DType dtype;  // of x and y
@@ -72,6 +80,7 @@ struct CemaForward : CemaShape {
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
+  CemaAlgorithm automatic() const { return CemaAlgorithm::kScan; }
   int64_t workspace_bytes() const {
     if (algorithm == CemaAlgorithm::kScan) return scan_bytes();
     return kMaxVectorBytes + fft_table() + fft_tasks().bytes();
@@ -109,15 +118,20 @@ struct CemaBackward : CemaShape {
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 3, 7); }
+  CemaAlgorithm automatic() const {
+    return N >= kFftBackwardWavelets && L >= kFftBackwardSteps ? CemaAlgorithm::kFft : CemaAlgorithm::kScan;
+  }
   int64_t workspace_bytes() const {
     if (algorithm == CemaAlgorithm::kScan) return scan_bytes();
     return kMaxVectorBytes + fft_table() + fft_tasks().bytes();
   }
 };
 
-static inline CemaAlgorithm check_cema_algorithm(const Checker& c, const char* algorithm) {
+// `automatic` is what auto means for this shape.
+static inline CemaAlgorithm check_cema_algorithm(const Checker& c, const char* algorithm, CemaAlgorithm automatic) {
   const std::string name = algorithm == nullptr ? "none" : algorithm;
-  if (name == "auto" || name == "scan") return CemaAlgorithm::kScan;
+  if (name == "auto") return automatic;
+  if (name == "scan") return CemaAlgorithm::kScan;
   c.require(name == "fft", "algorithm", "auto, scan or fft", name);
   return CemaAlgorithm::kFft;
 }
@@ -156,7 +170,7 @@ static inline CemaForward check_cema(Checker& c, const DLTensor* x_in, const DLT
   const Dim N{"N", args.N, "alpha", 1};
   args.h0 = c.optional("h0", h0_in, stat, {x.dim(0, "B"), x.dim(2, "D"), N, Dim{"2", 2}}).data;
   c.no_cu_seqlens(cu_seqlens);
-  args.algorithm = check_cema_algorithm(c, algorithm);
+  args.algorithm = check_cema_algorithm(c, algorithm, args.automatic());
   args.y = out.like(c, "y", x);
   args.h = out.next(c, "h", stat, {args.B, args.D, args.N, 2});
   args.workspace = out.workspace(c, args.workspace_bytes());
@@ -178,7 +192,7 @@ static inline CemaBackward check_cema_backward(Checker& c, const DLTensor* dy_in
   const Tensor h0 = c.optional("h0", h0_in, stat, {B, D, N, Dim{"2", 2}});
   args.h0 = h0.data;
   c.no_cu_seqlens(cu_seqlens);
-  args.algorithm = check_cema_algorithm(c, algorithm);
+  args.algorithm = check_cema_algorithm(c, algorithm, args.automatic());
   args.dx = out.like(c, "dx", x);
   args.dalpha = out.next(c, "dalpha", stat, {args.D, args.N});
   args.ddelta = out.next(c, "ddelta", stat, {args.D, args.N});

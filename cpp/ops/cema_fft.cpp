@@ -1,6 +1,7 @@
 // cema on the CPU, by a causal convolution with the impulse response ("fft").
 //
-// Computes  y = k * x + b, k_t = Re sum_n a g_n q_n^t (+ omega at t = 0), b_t = Re sum_n g_n h0_n q_n^(t+1), the last state
+// Computes  y = k * x + b, k_t = Re sum_n a g_n q_n^t (+ omega at t = 0), b_t = Re sum_n g_n h0_n q_n^(t+1), the last
+// state
 //           h_n = a sum_m q_n^m x_(L-1-m) + q_n^L h0_n, and all gradients (ops/cema.h).
 // Layout    as in cema.cpp; a transformed array holds H >= L (re, im) pairs of vectors of 16 channels: 128 H bytes.
 // Mapping   a task is a group of channels, one per lane; it makes and transforms their responses once, then walks
@@ -10,7 +11,8 @@
 //           and wavelet that has not decayed 2 FMA for the last state, 2 for h0, 4 for dh, 4 for dh0, and once for the
 //           whole batch 2 for the response and 4 for its gradient.
 // Numerics  coefficients and powers in float64, the convolution in float32 (float64 for float64 x): relative RMS error
-//           about 3e-7 of the row. y_t depends on later x by rounding alone. Sums over the batch in order: deterministic.
+//           about 3e-7 of the row. y_t depends on later x by rounding alone. Sums over the batch in order:
+//           deterministic.
 // Limits    as those of fft_conv and cema_kernel. A NaN spreads over its row and channel, backwards in time too.
 #include "core/fft.h"
 #include "core/powers.h"

@@ -5,7 +5,8 @@
 // Mapping   a task is a group of channels, one per lane; blocks of 32 steps share a table of powers (core/powers.h).
 // Traffic   2 N FMA per element forward, 4 N FMA and 4 N additions backward; one element moved: compute-bound. Wavelets
 //           that have decayed to 0 cost nothing.
-// Numerics  coefficients, powers and sums over blocks in float64; a block in the parameters' type. The error, relative to
+// Numerics  coefficients, powers and sums over blocks in float64; a block in the parameters' type. The error, relative
+// to
 //           sum_n |c_n|, is a few roundings of that type, whatever L. Deterministic for any number of threads.
 // Limits    L < 2^26 keeps the angle exact; beyond, its error grows with L as that of any float64 t arg q does.
 #include "ops/cema_kernel.h"
@@ -38,7 +39,8 @@ void backward(const CemaKernelBackward& args) {
     auto* gradients = slot.take<double>(args.N * kWaveletSums * W);
     const A* dk = static_cast<const A*>(args.dk) + d * args.L;
     powers.template analyze<true>(
-        [&](int64_t t, int64_t count, Vec<A>* tile) { gather_lanes(dk + t, args.L, lanes, count, tile); }, args.L, sums);
+        [&](int64_t t, int64_t count, Vec<A>* tile) { gather_lanes(dk + t, args.L, lanes, count, tile); }, args.L,
+        sums);
     std::memset(gradients, 0, args.N * kWaveletSums * W * sizeof(double));
     add_response_gradients(parameters, d, sums, gradients);
     write_gradients(args, parameters, d, gradients);
@@ -90,12 +92,12 @@ extern "C" int megalodon_cema_kernel_backward_outputs(const DLTensor* dk, const 
 
 extern "C" int megalodon_cema_kernel_backward(const DLTensor* dk, const DLTensor* alpha, const DLTensor* delta,
                                               const DLTensor* theta, const DLTensor* gamma, DLTensor* dalpha,
-                                              DLTensor* ddelta, DLTensor* dtheta, DLTensor* dgamma,
-                                              DLTensor* workspace, void* stream) {
+                                              DLTensor* ddelta, DLTensor* dtheta, DLTensor* dgamma, DLTensor* workspace,
+                                              void* stream) {
   return guarded([&] {
     Checker c("cema_kernel_backward");
-    const CemaKernelBackward args = check_cema_kernel_backward(c, dk, alpha, delta, theta, gamma,
-                                                               {dalpha, ddelta, dtheta, dgamma, workspace});
+    const CemaKernelBackward args =
+        check_cema_kernel_backward(c, dk, alpha, delta, theta, gamma, {dalpha, ddelta, dtheta, dgamma, workspace});
     run_on(c, args, cpu::cema_kernel_backward, stream);
   });
 }

@@ -1,6 +1,6 @@
 // chunk_attention on the CPU.
 //
-// Computes  softmax attention inside chunks and its gradients (ops/chunk_attention.h); section 3.4 of arXiv 2404.08801.
+// Computes  softmax attention inside chunks and its gradients (ops/chunk_attention.h); arXiv 2404.08801.
 // Layout    q, k, v, o (B, L, H, S or E): the rows of a head are H S (H E) apart; caches (B, C, H, S or E) likewise;
 //           lse, D (B, H, L). Tiles are copied into panels of the accumulator type (core/gemm.h) in the slot's scratch.
 // Mapping   forward: an item is a tile of kQueries queries of one chunk and head. It walks the keys before it in blocks

@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <string>
+#include <utility>
 
 #include "core/isa.h"
 #include "core/parallel.h"
@@ -96,9 +98,12 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, con
   c.no_cu_seqlens(cu_seqlens);
   const bool given = k_cache_in != nullptr;
   if ((v_cache_in != nullptr) != given || (position_in != nullptr) != given) {
-    c.fail(MEGALODON_VALUE_ERROR, "k_cache, v_cache, position", "given all three or none",
-           std::string(given ? "k_cache " : "") + (v_cache_in != nullptr ? "v_cache " : "") +
-               (position_in != nullptr ? "position " : "") + "only");
+    std::string got;
+    for (const auto& [name, tensor] :
+         {std::pair{"k_cache", k_cache_in}, {"v_cache", v_cache_in}, {"position", position_in}}) {
+      if (tensor != nullptr) got += (got.empty() ? "" : " and ") + std::string(name);
+    }
+    c.fail(MEGALODON_VALUE_ERROR, "k_cache, v_cache, position", "given all three or none", got + " only");
   }
   const Dim C{"C", chunk_size};
   t.k_cache = c.optional("k_cache", k_cache_in, t.q.dtype, {B, C, H, S});

@@ -13,42 +13,50 @@
 #include <cmath>
 #include <limits>
 
-#include "core/simd.h"
+#include "core/gemm.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
 constexpr int64_t kBlock = 64;  // slots whose scores are held at a time
 
-// scores[i] = q . k_i for `count` rows k_i.
+// Rows of one head lie apart, where the hardware does not foresee them.
+template <class T>
+inline void prefetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
+
+// scores[i] = q . k_i for `count` rows k_i, of which `reachable` (>= count) may be prefetched; a whole number of
+// vectors is written. The rows of a vector are summed side by side and reduced by a transposition.
 template <class T, class A>
-void score(const T* q, const T* k, int64_t stride, int64_t count, int64_t S, A* scores) {
+void score(const T* q, const T* k, int64_t stride, int64_t count, int64_t reachable, int64_t S, A* scores) {
   constexpr int64_t W = kLanes<A>;
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const T* row = k + i * stride;
-    Vec<A> sums[4] = {};
-    int64_t s = 0;
-    for (; s + W <= S; s += W) {
-      const Vec<A> u = load(q + s);
-      for (int r = 0; r < 4; ++r) sums[r] = u * load(row + r * stride + s) + sums[r];
+  for (int64_t i = 0; i < count; i += W) {
+    const int64_t n = count - i < W ? count - i : W;
+    Vec<A> sums[W] = {};
+    for (int64_t r = 0; r < n; ++r) {
+      const T* row = k + (i + r) * stride;
+      if (i + r + W < reachable) prefetch_row(row + W * stride, S);
+      Vec<A> even = {}, odd = {};
+      int64_t s = 0;
+      for (; s + 2 * W <= S; s += 2 * W) {
+        even = load(q + s) * load(row + s) + even;
+        odd = load(q + s + W) * load(row + s + W) + odd;
+      }
+      for (; s < S; s += W) even = load(q + s, S - s) * load(row + s, S - s) + even;
+      sums[r] = even + odd;
     }
-    if (s < S) {
-      const Vec<A> u = load(q + s, S - s);
-      for (int r = 0; r < 4; ++r) sums[r] = u * load(row + r * stride + s, S - s) + sums[r];
-    }
-    for (int r = 0; r < 4; ++r) scores[i + r] = sum_lanes<A>(sums[r]);
-  }
-  for (; i < count; ++i) {
-    Vec<A> sum = {};
-    for (int64_t s = 0; s < S; s += W) sum = load(q + s, S - s) * load(k + i * stride + s, S - s) + sum;
-    scores[i] = sum_lanes<A>(sum);
+    transpose<A>(sums);
+    Vec<A> total = sums[0];
+    for (int64_t r = 1; r < W; ++r) total += sums[r];
+    store(scores + i, total);
   }
 }
 
 // out = scale out + sum of weights[i] v_i over `count` rows v_i. Four rows at a time; scale only with the first.
 template <class T, class A>
-void add_values(const A* weights, const T* v, int64_t stride, int64_t count, int64_t E, A scale, A* out) {
+void add_values(const A* weights, const T* v, int64_t stride, int64_t count, int64_t reachable, int64_t E, A scale,
+                A* out) {
   constexpr int64_t W = kLanes<A>;
   for (int64_t i = 0; i < count; i += 4) {
     const int64_t n = count - i < 4 ? count - i : 4;
@@ -56,6 +64,7 @@ void add_values(const A* weights, const T* v, int64_t stride, int64_t count, int
     const A factor = i == 0 ? scale : A(1);
     const A w[4] = {weights[i], n > 1 ? weights[i + 1] : A(0), n > 2 ? weights[i + 2] : A(0),
                     n > 3 ? weights[i + 3] : A(0)};
+    for (int64_t r = 0; r < 4 && i + r + 8 < reachable; ++r) prefetch_row(row + (r + 8) * stride, E);
     int64_t e = 0;
     if (n == 4) {
       for (; e + W <= E; e += W) {
@@ -96,20 +105,21 @@ void attend(const ChunkAttentionStep& args, const T* q, const T* k, const T* v, 
   A scores[kBlock];
   for (int64_t j = begin; j < end; j += kBlock) {
     const int64_t n = std::min(kBlock, end - j);
-    score(q, k + j * args.H * args.S, args.H * args.S, n, args.S, scores);
-    for (int64_t i = n; i < kBlock; ++i) scores[i] = lowest;
+    score(q, k + j * args.H * args.S, args.H * args.S, n, end - j, args.S, scores);
+    const int64_t padded = round_up(n, W);
+    for (int64_t i = n; i < padded; ++i) scores[i] = lowest;
     const A before = best;
     for (int64_t i = 0; i < n; ++i) best = scores[i] > best ? scores[i] : best;
     const A shift = best == lowest ? A(0) : best;
     const A scale = exp(splat(before - shift))[0];
     Vec<A> total = {};
-    for (int64_t i = 0; i < kBlock; i += W) {
+    for (int64_t i = 0; i < padded; i += W) {
       const Vec<A> weight = exp(load(scores + i) - shift);
       store(scores + i, weight);
       total += weight;
     }
     sum = sum * scale + sum_lanes<A>(total);
-    add_values(scores, v + j * args.H * args.E, args.H * args.E, n, args.E, scale, result.out);
+    add_values(scores, v + j * args.H * args.E, args.H * args.E, n, end - j, args.E, scale, result.out);
   }
   *result.sum = sum;
   *result.best = best;

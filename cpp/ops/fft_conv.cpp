@@ -88,12 +88,12 @@ void backward(const FftConvBackward& args) {
     with_lanes<A>(lanes, [&](auto full) {
       for (int64_t b = 0; b < args.B; ++b) {
         const int64_t first = b * L * D + d, last = first + (L - 1) * D;
-        fft.root(reversed, L,
-                 [&](int64_t t) { return load_step<full.value>(dy + last - t * D, lanes, -kAhead * D); });
+        fft.root(reversed, L, [&](int64_t t) { return load_step<full.value>(dy + last - t * D, lanes, -kAhead * D); });
         fft.root(z, L, [&](int64_t t) { return load_step<full.value>(x + first + t * D, lanes, kAhead * D); });
         fft.multiply_both(reversed, z, spectrum, sum);
-        fft.root_inverse(reversed, L,
-                         [&](int64_t t, Vec<A> v) { store_step<full.value>(dx + last - t * D, v, lanes, -kAhead * D); });
+        fft.root_inverse(reversed, L, [&](int64_t t, Vec<A> v) {
+          store_step<full.value>(dx + last - t * D, v, lanes, -kAhead * D);
+        });
       }
     });
     fft.inverse(sum);

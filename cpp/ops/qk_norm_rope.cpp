@@ -1,8 +1,8 @@
 // qk_norm_rope on the CPU.
 //
-// Computes  queries and keys from the shared z, and the gradients (ops/qk_norm_rope.h); section 3.3 of arXiv
-// 2404.08801. Layout    z, q, k (B, L, H, S); gamma, beta (2, H, S); rstd (B, L, H). Mapping   fixed parts of the
-// tokens are split over the threads. Cosines and sines of a token are made once for all
+// Computes  queries and keys from the shared z, and the gradients (ops/qk_norm_rope.h); arXiv 2404.08801.
+// Layout    z, q, k (B, L, H, S); gamma, beta (2, H, S); rstd (B, L, H).
+// Mapping   fixed parts of the tokens are split over the threads. Cosines and sines of a token are made once for all
 //           heads; a vector of pairs is worked on as two vectors of interleaved components.
 // Traffic   forward 3, backward 4 elements moved per element of z, about 20 and 40 FLOPs: memory-bound.
 // Numerics  angles in double: exact at every kExactEvery-th token, between them one complex multiplication per token,

@@ -18,6 +18,7 @@
 #include <cmath>
 
 #include "core/groups.h"
+#include "core/parameter_sums.h"
 #include "core/rows.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
@@ -92,7 +93,7 @@ class ForwardTile {
     for (int64_t g = 0; g < groups_.groups; g += W) {
       const Vecs<A, 1> sums =
           groups_.template sum<1>(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
-            const Vec<A> d = first_lanes<A>(load(x + i, n) - spread<A, P, decltype(j)::value>(mean_ + g), n);
+            const Vec<A> d = first_lanes(load(x + i, n) - spread<A, P, decltype(j)::value>(mean_ + g), n);
             return Vecs<A, 1>{d * d};
           });
       store(rstd_ + g, sums.v[0] / size);
@@ -104,13 +105,17 @@ class ForwardTile {
     const double n = static_cast<double>(n_++);
     const double c1 = n / (n + 1.0);
     const double c2 = 1.0 / (n + 1.0);
+    const bool first = n == 0;  // then M and V have no weight, whatever they are
     for (int64_t g = 0; g < end; ++g) {
       const double mu = mean_[g];
+      const double s = rstd_[g];
       const double d = mu - M_[g];
-      M_[g] = c1 * M_[g] + c2 * mu;
-      V_[g] = c1 * V_[g] + c2 * (rstd_[g] + c1 * (d * d));
-      mean_[g] = static_cast<A>(M_[g]);
-      rstd_[g] = static_cast<A>(V_[g] + args_.eps);
+      const double M = first ? mu : M_[g] + c2 * d;
+      const double V = first ? s : V_[g] + c2 * (s - V_[g] + c1 * (d * d));
+      M_[g] = M;
+      V_[g] = V;
+      mean_[g] = static_cast<A>(M);
+      rstd_[g] = static_cast<A>(V + args_.eps);
     }
     for (int64_t g = 0; g < end; g += W) store(rstd_ + g, A(1) / sqrt(load(rstd_ + g)));
   }
@@ -149,50 +154,19 @@ class ForwardTile {
   alignas(64) A rstd_[kMaxGroups];
 };
 
-// The partial sums of one part of the batch for dweight and dbias.
-template <class A>
-struct ParameterSums {
-  double* total[2];  // [D]: of dweight, of dbias
-  A* recent[2];      // [D]: the last steps
-
-  static ParameterSums of(const TimestepNormBackward& args, int64_t part) {
-    auto* totals = static_cast<double*>(args.workspace);
-    auto* recents = reinterpret_cast<A*>(totals + args.parts().parts * 2 * args.D);
-    double* total = totals + part * 2 * args.D;
-    A* recent = recents + part * 2 * args.D;
-    return {{total, total + args.D}, {recent, recent + args.D}};
-  }
-
-  void clear(int64_t begin, int64_t end) {
-    for (int which = 0; which < 2; ++which) {
-      std::fill(total[which] + begin, total[which] + end, 0.0);
-      std::fill(recent[which] + begin, recent[which] + end, A(0));
-    }
-  }
-
-  void flush(int64_t begin, int64_t end) {
-    for (int which = 0; which < 2; ++which) {
-      for (int64_t i = begin; i < end; ++i) {
-        total[which][i] += recent[which][i];
-        recent[which][i] = 0;
-      }
-    }
-  }
-};
-
 template <class T, int P>
 class BackwardTile {
   using A = stat_t<T>;
   static constexpr int W = kLanes<A>;
-  static constexpr int kSteps = 8;   // taken together, and in memory order: x, dy and dx of them fit in L2
-  static constexpr int kFlush = 32;  // turns of kSteps that are summed in A before they go to double
+  static constexpr int kSteps = 8;  // taken together, and in memory order: x, dy and dx of them fit in L2
+  static constexpr int kFlush = ParameterSums<A>::kRows / kSteps;  // turns
 
  public:
   BackwardTile(const TimestepNormBackward& args, const ParameterSums<A>& sums, int64_t tile)
       : args_(args), sums_(sums), first_(tile * args.tiles().groups) {
     groups_.K = args.K();
     groups_.groups = std::min(args.tiles().groups, args.G - first_);
-    sums_.clear(first_channel(), first_channel() + groups_.channels());
+    for (int64_t begin : {first_channel(), args.D + first_channel()}) sums_.clear(begin, begin + groups_.channels());
   }
 
   void run(int64_t b) {
@@ -213,7 +187,9 @@ class BackwardTile {
  private:
   int64_t first_channel() const { return first_ * groups_.K; }
   bool is_padded(int64_t t) const { return args_.padding_mask != nullptr && args_.padding_mask[b_ * args_.L + t]; }
-  void flush() { sums_.flush(first_channel(), first_channel() + groups_.channels()); }
+  void flush() {
+    for (int64_t begin : {first_channel(), args_.D + first_channel()}) sums_.flush(begin, begin + groups_.channels());
+  }
 
   void start() {
     n_ = args_.count == nullptr ? 0 : args_.count[b_];
@@ -262,7 +238,7 @@ class BackwardTile {
               prefetch(dx_[k] + i);
               const Vec<A> dy = load(dy_[k] + i, n);
               const Vec<A> u = dy * load(weight + i, n) + dy;
-              const Vec<A> d = first_lanes<A>(load(x_[k] + i, n) - spread<A, P, decltype(j)::value>(mean), n);
+              const Vec<A> d = first_lanes(load(x_[k] + i, n) - spread<A, P, decltype(j)::value>(mean), n);
               return Vecs<A, 3>{u, u * d, d};
             });
         store(shift_[k] + g, sums.v[0]);
@@ -301,8 +277,8 @@ class BackwardTile {
 
   void differentiate() {
     const A* weight = static_cast<const A*>(args_.weight) + first_channel();
-    A* dweight = sums_.recent[0] + first_channel();
-    A* dbias = sums_.recent[1] + first_channel();
+    A* dweight = sums_.recent() + first_channel();
+    A* dbias = dweight + args_.D;
     const int64_t next = -kSteps * args_.D;
     for (int k = steps_ - 1; k >= 0; --k) {
       const T* dy_row = dy_[k];
@@ -370,18 +346,13 @@ void backward(const TimestepNormBackward& args) {
   parallel_for(parts.parts * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / tiles;
-      BackwardTile<T, P> tile(args, ParameterSums<A>::of(args, part), i % tiles);
+      BackwardTile<T, P> tile(args, ParameterSums<A>(args.workspace, parts.parts, 2 * args.D, part), i % tiles);
       for (int64_t b = parts.begin(part); b < parts.end(part); ++b) tile.run(b);
     }
   });
-  A* gradients[2] = {static_cast<A*>(args.dweight), static_cast<A*>(args.dbias)};
-  for (int which = 0; which < 2; ++which) {
-    for (int64_t i = 0; i < args.D; ++i) {
-      double sum = 0;
-      for (int64_t part = 0; part < parts.parts; ++part) sum += ParameterSums<A>::of(args, part).total[which][i];
-      gradients[which][i] = static_cast<A>(sum);
-    }
-  }
+  const int64_t D = args.D;
+  ParameterSums<A>::add_up(args.workspace, parts.parts, 2 * D, 0, D, static_cast<A*>(args.dweight));
+  ParameterSums<A>::add_up(args.workspace, parts.parts, 2 * D, D, D, static_cast<A*>(args.dbias));
 }
 
 }  // namespace

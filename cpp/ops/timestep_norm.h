@@ -17,6 +17,7 @@
 
 #include "core/isa.h"
 #include "core/parallel.h"
+#include "core/parameter_sums.h"
 #include "core/tensor.h"
 
 namespace megalodon {
@@ -29,7 +30,8 @@ struct TimestepNormTiles {
   int64_t groups;                             // of a tile, but for the last
   int64_t tiles;
 
-  static constexpr TimestepNormTiles of(int64_t B, int64_t G, int64_t K) {
+  // Always inlined: not to be shared between instruction sets (core/isa.h).
+  __attribute__((always_inline)) static constexpr TimestepNormTiles of(int64_t B, int64_t G, int64_t K) {
     int64_t channels = kChannels;
     while (B == 1 && channels > kNarrowest && channels >= G * K) channels /= 2;
     int64_t groups = K < 1 ? kMaxGroups : channels / K;
@@ -77,7 +79,7 @@ struct TimestepNormBackward {
   void* dbias;                  // [D] stat
   void* dmean0;                 // [B, G] stat, nullptr with count
   void* dvar0;                  // [B, G] stat, nullptr with count
-  void* workspace;              // [parts, 2, D] double, then [parts, 2, D] stat: sums for dweight and dbias
+  void* workspace;              // parameter sums of dweight, dbias
   int64_t B, L, D, G;
 
   int64_t K() const { return D / G; }
@@ -186,8 +188,7 @@ static inline TimestepNormBackward check_timestep_norm_backward(
   args.dmean0 = out.gradient(c, "dmean0", in.mean, in.stat);
   args.dvar0 = out.gradient(c, "dvar0", in.var, in.stat);
   if (!in.mean.present) args.dmean0 = args.dvar0 = nullptr;
-  const int64_t sums = args.parts().parts * 2 * args.D;
-  args.workspace = out.workspace(c, sums * (8 + size_of(in.stat)));
+  args.workspace = out.workspace(c, parameter_sums_bytes(args.parts().parts, 2 * args.D, in.stat));
   return args;
 }
 

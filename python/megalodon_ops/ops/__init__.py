@@ -2,8 +2,10 @@
 
 from megalodon_ops.ops import (
     cema,
+    cema_kernel,
     chunk_attention,
     chunk_attention_step,
+    fft_conv,
     layer_norm,
     qk_norm_rope,
     rms_norm,
@@ -13,8 +15,10 @@ from megalodon_ops.ops import (
 
 __all__ = [
     "cema",
+    "cema_kernel",
     "chunk_attention",
     "chunk_attention_step",
+    "fft_conv",
     "layer_norm",
     "qk_norm_rope",
     "rms_norm",

@@ -78,6 +78,16 @@ def _samples(make: Maker) -> Iterator[Sample]:
         "scan",
         (make.activation(1, 3, 16), *_parameters(make, 16, 2), None, None, "scan"),
     )
+    yield Sample(
+        "fft",
+        (
+            make.activation(2, 70, 19),
+            *_parameters(make, 19, 4),
+            make.stat(2, 19, 4, 2),
+            None,
+            "fft",
+        ),
+    )
 
 
 def _cost(x: Tensor, alpha: Tensor, *_: Any) -> Cost:

@@ -60,7 +60,10 @@ OP = registry.add(
     Op(
         name="chunk_attention_step",
         summary="one decoding step of chunk attention, caches updated in place",
-        equation="k_cache[m] = k, v_cache[m] = v; o = sum_(j <= m) softmax_j(q . k_cache[j]) v_cache[j]",
+        equation=(
+            "k_cache[m] = k, v_cache[m] = v,"
+            " o = sum_(j <= m) softmax_j(q . k_cache[j]) v_cache[j], m = position mod C"
+        ),
         schema=(
             "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache,"
             " Tensor position, SymInt chunk_size) -> Tensor o"

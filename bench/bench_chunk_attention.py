@@ -1,0 +1,43 @@
+"""chunk_attention against torch's scaled_dot_product_attention on whole chunks."""
+
+from typing import Any
+
+import pytest
+import torch
+from harness import measure
+from torch import Tensor
+
+from megalodon_ops import registry
+from megalodon_ops._library import Maker
+
+OP = registry["chunk_attention"]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, C: int, *_: Any) -> Tensor:
+    q, k, v = (t.unflatten(1, (-1, C)).flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+
+
+def _arguments(
+    dtype: torch.dtype, B: int, L: int, H: int, S: int, E: int, C: int
+) -> tuple[Any, ...]:
+    make = Maker(dtype)
+    q = make.activation(B, L, H, S) * S**-0.5
+    return q, make.activation(B, L, H, S), make.activation(B, L, H, E), C
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("H", "S", "E"), [(1, 256, 2048), (8, 64, 64)], ids=["mega", "S64"])
+def test_chunk_attention(
+    benchmark: Any, H: int, S: int, E: int, dtype: torch.dtype, backward: bool
+) -> None:
+    measure(
+        benchmark,
+        OP,
+        _arguments(dtype, 1, 4096, H, S, E, 2048),
+        _arguments(dtype, 1, 200, H, S, E, 128),
+        backward=backward,
+        floor="fma",
+        peers={"sdpa": _sdpa},
+    )

@@ -1,0 +1,127 @@
+"""fft_conv: every length, causality, no wrap-around, independence of rows and channels, bad
+arguments.
+"""
+
+from typing import Any
+
+import golden
+import pytest
+import torch
+from checks import DTYPES, check_forward, check_gradients
+from golden import Case
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megalodon_ops import fft_conv, reference, registry
+from megalodon_ops._library import Maker
+
+OP = registry["fft_conv"]
+F32, F64 = torch.float32, torch.float64
+LENGTHS = [0, 1, 2, 3, 16, 17, 24, 25, 63, 64, 65, 97, 129, 372, 1134, 4096]
+
+
+def arguments(dtype: torch.dtype, B: int, L: int, D: int) -> tuple[Tensor, Tensor]:
+    make = Maker(dtype)
+    return make.activation(B, L, D), make.stat(D, L)
+
+
+def exact(x: Tensor, k: Tensor) -> Tensor:
+    """The convolution in float64 by torch's FFT of twice the length."""
+    L = x.shape[1]
+    n = 2 * max(L, 1)
+    spectrum = torch.fft.rfft(x.double(), n, dim=1) * torch.fft.rfft(k.double().T, n, dim=0)
+    return torch.fft.irfft(spectrum, n, dim=1)[:, :L]
+
+
+@golden.each("cema", F64, F32, having="out/kernel", lacking="in/hx")
+def test_official_numbers(isa: str, case: Case, dtype: torch.dtype) -> None:
+    got = golden.run_cema_convolution(case, reference.cema_kernel, fft_conv, dtype)
+    golden.assert_golden(case, got, dtype)
+
+
+@given(
+    B=st.sampled_from([0, 1, 3]),
+    L=st.integers(0, 70),
+    D=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(isa: str, B: int, L: int, D: int, dtype: torch.dtype) -> None:
+    args = arguments(dtype, B, L, D)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("L", LENGTHS)
+def test_lengths(isa: str, L: int, dtype: torch.dtype) -> None:
+    x, k = (a.requires_grad_() for a in arguments(dtype, 2, L, 19))
+    dy = Maker(dtype, seed=1).activation(2, L, 19)
+    y = fft_conv(x, k)
+    y64 = exact(x, k)
+    got = y, *torch.autograd.grad(y, (x, k), dy)
+    want = y64, *torch.autograd.grad(y64, (x, k), dy.double())
+    for a, b in zip(got, want, strict=True):
+        bound = 5e-7 if dtype == F32 else 2e-15
+        assert (a.double() - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize("L", [65, 96, 129])
+def test_the_past_does_not_see_the_future(isa: str, L: int) -> None:
+    x, k = arguments(F64, 1, L, 9)
+    y = fft_conv(x, k)
+    changed = x.clone()
+    changed[:, L // 2 :] += 1
+    torch.testing.assert_close(
+        fft_conv(changed, k)[:, : L // 2], y[:, : L // 2], rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("L", LENGTHS[1:])
+def test_nothing_wraps_around(isa: str, L: int) -> None:
+    """An impulse at the end reaches only the end; a delay of L - 1 moves only the first step."""
+    x = torch.zeros(1, L, 3, dtype=F64)
+    x[0, -1] = 1
+    y = fft_conv(x, torch.ones(3, L, dtype=F64))
+    torch.testing.assert_close(y, x, rtol=0, atol=1e-13)
+    k = torch.zeros(3, L, dtype=F64)
+    k[:, -1] = 1
+    y = fft_conv(torch.ones(1, L, 3, dtype=F64), k)
+    torch.testing.assert_close(y, x, rtol=0, atol=1e-13)
+
+
+def test_rows_and_channels_are_alone(isa: str) -> None:
+    x, k = arguments(F32, 5, 150, 19)
+    x[2, 70, 4] = float("nan")
+    y = fft_conv(x, k)
+    assert y[2, :, 4].isnan().all()
+    for b in range(5):
+        torch.testing.assert_close(
+            fft_conv(x[b : b + 1], k)[0], y[b], rtol=0, atol=0, equal_nan=True
+        )
+    y[2, :, 4] = 0
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(3, 8)}, ValueError, r"fft_conv: x must be \[B, L, D\]; got \[3, 8\]"),
+        (
+            {"k": torch.ones(3, 8)},
+            ValueError,
+            r"fft_conv: k must be \[D, L\] with D = 8 \(x\.shape\[2\]\), L = 3 \(x\.shape\[1\]\); "
+            r"got \[3, 8\]",
+        ),
+        (
+            {"k": torch.ones(8, 3, dtype=F64)},
+            TypeError,
+            "fft_conv: k must be float32; got float64",
+        ),
+        ({"x": torch.ones(2, 3, 8, dtype=torch.int64)}, TypeError, "fft_conv: x must be float32"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"x": torch.ones(2, 3, 8), "k": torch.ones(8, 3)}
+    with pytest.raises(error, match=message):
+        fft_conv(**{**arguments, **change})

@@ -1,0 +1,148 @@
+"""qk_norm_rope: random shapes and positions, long rows, extremes, bad arguments."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from checks import DTYPES, check_forward, check_gradients
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megalodon_ops import qk_norm_rope, registry
+from megalodon_ops._library import Maker
+from megalodon_ops.reference.qk_norm_rope import qk_norm_rope as reference
+
+OP = registry["qk_norm_rope"]
+
+
+def arguments(
+    dtype: torch.dtype, B: int, L: int, H: int, S: int, C: int, position: Tensor | None = None
+) -> tuple[Any, ...]:
+    make = Maker(dtype)
+    scales = make.stat(2, H * S, scale=0.3), make.stat(2, H * S, scale=0.3)
+    return make.activation(B, L, H * S), *scales, H, C, 10000.0, position, 1e-5, None
+
+
+@given(
+    B=st.integers(0, 3),
+    L=st.integers(0, 40),
+    H=st.integers(1, 3),
+    pairs=st.integers(1, 70),
+    C=st.integers(1, 50),
+    starts=st.none() | st.lists(st.integers(0, 10**12), min_size=3, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(
+    isa: str,
+    B: int,
+    L: int,
+    H: int,
+    pairs: int,
+    C: int,
+    starts: list[int] | None,
+    dtype: torch.dtype,
+) -> None:
+    position = None if starts is None else torch.tensor(starts[:B], dtype=torch.int64)
+    args = arguments(dtype, B, L, H, 2 * pairs, C, position)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_long_row_keeps_its_angles(isa: str, dtype: torch.dtype) -> None:
+    """Many tokens of a chunk: what the recurrence between exact angles adds must not show."""
+    args = arguments(dtype, 1, 3000, 1, 64, 2500, torch.tensor([700]))
+    check_forward(OP, args)
+    exact = reference(*(a.double() if isinstance(a, Tensor) and a.ndim > 1 else a for a in args))
+    error = (OP.overload(*args)[0].double() - exact[0]).norm() / exact[0].norm()
+    assert error < (1e-6 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("C", [2**21, 2**40])
+def test_far_position_in_a_huge_chunk(isa: str, C: int) -> None:
+    args = arguments(torch.float64, 1, 5, 1, 8, C, torch.tensor([2**21 - 3]))
+    q, _, _ = OP.overload(*args)
+    torch.testing.assert_close(q, reference(*args)[0], rtol=1e-8, atol=1e-8)
+
+
+@given(cuts=st.lists(st.integers(0, 30), max_size=4))
+def test_streams(cuts: list[int]) -> None:
+    z, *rest = arguments(torch.float64, 2, 30, 2, 6, 7)
+    ends = [0, *sorted(cuts), 30]
+    whole = OP.overload(z, *rest)
+    parts = []
+    for begin, end in pairwise(ends):
+        position = torch.tensor([begin, begin])
+        parts.append(OP.overload(z[:, begin:end], *rest[:5], position, *rest[6:]))
+    for streamed, want in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(torch.cat(streamed, 1), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_and_large_values_stay_finite(dtype: torch.dtype) -> None:
+    z, gamma, beta, *_ = arguments(dtype, 1, 3, 2, 8, 4)
+    z[:, 0], z[:, 1] = 0, 1e4
+    for out in qk_norm_rope(z, gamma, beta, 2, 4):
+        assert out.isfinite().all()
+
+
+def test_nan_and_inf_stay_in_their_token_and_head() -> None:
+    z, gamma, beta, *_ = arguments(torch.float32, 1, 4, 2, 8, 4)
+    z[0, 1, 3], z[0, 2, 9] = float("nan"), float("inf")
+    q, k = qk_norm_rope(z, gamma, beta, 2, 4)
+    for out in (q, k):
+        assert out[0, 1, 0].isnan().all()
+        assert out[0, 2, 1, 0:2].isnan().all()
+        assert out[0, [0, 3]].isfinite().all()
+        assert out[0, 1, 1].isfinite().all()
+        assert out[0, 2, 0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"z": torch.ones(2, 8)}, ValueError, r"z must be \[B, L, D\]; got \[2, 8\]"),
+        (
+            {"gamma": torch.ones(3, 8)},
+            ValueError,
+            r"gamma must be \[2, D\] with D = 8 \(z\.shape\[2\]\); got \[3, 8\]",
+        ),
+        ({"beta": torch.ones(2, 8).double()}, TypeError, "beta must be float32; got float64"),
+        ({"num_heads": 0}, ValueError, "num_heads must be at least 1; got 0"),
+        ({"num_heads": 3}, ValueError, r"z must be \[B, L, H \* S\] .* H = 3 .*; got H \* S = 8"),
+        ({"num_heads": 8}, ValueError, r"z must be .* with S even and H = 8"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
+        ({"rope_base": 0.0}, ValueError, "rope_base must be positive and finite; got 0"),
+        ({"eps": float("inf")}, ValueError, "eps must be positive and finite; got inf"),
+        (
+            {"position": torch.tensor([3, -1])},
+            ValueError,
+            r"position must be at least 0 everywhere; got -1 at \[1\]",
+        ),
+        (
+            {"position": torch.tensor([3])},
+            ValueError,
+            r"position must be \[B\] with B = 2 .*; got \[1\]",
+        ),
+        ({"position": torch.ones(2)}, TypeError, "position must be int64; got float32"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "z": torch.ones(2, 3, 8),
+        "gamma": torch.ones(2, 8),
+        "beta": torch.ones(2, 8),
+        "num_heads": 2,
+        "chunk_size": 4,
+    }
+    with pytest.raises(error, match=f"qk_norm_rope: {message}"):
+        qk_norm_rope(**{**arguments, **change})
+
+
+def test_packed_rows_are_refused() -> None:
+    args = list(arguments(torch.float32, 1, 3, 1, 4, 4))
+    args[8] = torch.tensor([0, 3])
+    with pytest.raises(NotImplementedError, match="qk_norm_rope: cu_seqlens"):
+        OP.overload(*args)
