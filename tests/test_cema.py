@@ -200,6 +200,20 @@ def test_vanishing_gradients_keep_their_digits(isa: str, alpha: float, delta: fl
         torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("algorithm", ["scan", "fft"])
+@pytest.mark.parametrize("L", [16, 600])
+def test_what_decays_ends_at_zero(isa: str, L: int, algorithm: str) -> None:
+    """Not among the subnormal numbers, where every step would be slow; the caller's are left."""
+    x, *p = arguments(F32, 1, L, 17, 2, state=False)[:6]
+    x[:, 1:] = 0
+    x *= 1e-34
+    y, h = cema(x, *p, None, None, algorithm)
+    tiny = torch.finfo(F32).tiny
+    for result in (y, h):
+        assert not ((result != 0) & (result.abs() < tiny)).any()
+    assert (torch.full((1,), tiny) * 0.5 != 0).all()
+
+
 def test_nan_and_inf_stay_in_their_channel_and_future(isa: str) -> None:
     x, *rest = arguments(F32, 2, 140, 20, 3, False)
     x[0, 70, 3] = math.nan

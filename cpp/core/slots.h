@@ -7,6 +7,7 @@
 #include "core/dtype.h"
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "core/subnormals.h"
 
 namespace megalodon {
 
@@ -62,10 +63,12 @@ class Slot {
 };
 
 // Calls body(d, lanes, slot) for every kLanes<A> channels: the first channel, how many there are, the scratch memory.
+// Subnormal numbers count as zeros in there.
 template <class A, class Body>
 void for_channels(const ChannelTasks& tasks, char* slots, Body&& body) {
   constexpr int64_t W = kLanes<A>;
   parallel_for(tasks.parts.parts, 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     char* slot = slots + begin * tasks.slot_bytes;
     for (int64_t group = tasks.parts.begin(begin); group < tasks.parts.end(end - 1); ++group) {
       const int64_t last = (group + 1) * tasks.width < tasks.D ? (group + 1) * tasks.width : tasks.D;

@@ -12,12 +12,13 @@
 // Numerics  coefficients from the raw parameters in float64. Inside a block the scan's type (float32, or float64 for
 //           float64 x); between blocks the state is float64 and what was carried in is advanced by q^T in float64, so
 //           that the rounding of q does not add up over L. Gradients of parameters: float32 sums over a block, float64
-//           over blocks and rows, in a fixed order.
+//           over blocks and rows, in a fixed order. Subnormal numbers count as zeros (core/subnormals.h).
 //           A forward pass of a few steps, as in decoding, runs over the wavelets of a channel instead (cema_short.h).
 // Limits    none on B, L, D; N >= 1. sigmoid(alpha) below 1e-20 counts as 1e-20 in the scan.
 #include "ops/cema.h"
 
 #include "core/rows.h"
+#include "core/subnormals.h"
 #include "ops/cema_scan.h"
 #include "ops/cema_short.h"
 
@@ -175,6 +176,7 @@ void forward(const CemaForward& args) {
   const Parts parts = args.parts();
   const int64_t state = args.D * args.N * 2;  // elements of h per row of the batch
   parallel_for(parts.parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
       double* H = states + part * args.wavelets() * 2;
       for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
@@ -368,6 +370,7 @@ void backward(const CemaBackward& args) {
   tables.make(args, true, args.L >= kSteps ? kSteps : 0);
   const Parts parts = args.parts();
   parallel_for(parts.parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
       const Scratch<A> scratch(memory, args, part);
       const int64_t channels = (last - first) * kColumn;

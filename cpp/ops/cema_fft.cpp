@@ -12,7 +12,7 @@
 //           whole batch 2 for the response and 4 for its gradient.
 // Numerics  coefficients and powers in float64, the convolution in float32 (float64 for float64 x): relative RMS error
 //           about 3e-7 of the row. y_t depends on later x by rounding alone. Sums over the batch in order:
-//           deterministic.
+//           deterministic. Subnormal numbers count as zeros.
 // Limits    as those of fft_conv and cema_kernel. A NaN spreads over its row and channel, backwards in time too.
 #include "core/fft.h"
 #include "core/powers.h"

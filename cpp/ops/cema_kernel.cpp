@@ -6,8 +6,8 @@
 // Traffic   2 N FMA per element forward, 4 N FMA and 4 N additions backward; one element moved: compute-bound. Wavelets
 //           that have decayed to 0 cost nothing.
 // Numerics  coefficients, powers and sums over blocks in float64; a block in the parameters' type. The error, relative
-// to
-//           sum_n |c_n|, is a few roundings of that type, whatever L. Deterministic for any number of threads.
+//           to sum_n |c_n|, is a few roundings of that type, whatever L. Deterministic for any number of threads.
+//           Subnormal numbers count as zeros.
 // Limits    L < 2^26 keeps the angle exact; beyond, its error grows with L as that of any float64 t arg q does.
 #include "ops/cema_kernel.h"
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/parallel.h"
+#include "core/subnormals.h"
 #include "ops/cema_scan.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
@@ -92,6 +93,7 @@ void forward_short(const CemaForward& args) {
   const int64_t stride = ShortTable::stride(args.N);
   const int64_t most = kRoom / (4 * stride);
   parallel_for(args.D, 1 + 16384 / per_channel, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     alignas(64) double memory[kRoom];
     for (int64_t first = begin; first < end; first += most) {
       const int64_t last = end - first < most ? end : first + most;

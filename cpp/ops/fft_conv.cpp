@@ -10,6 +10,7 @@
 // Numerics  constants made in float64; float32 (float64 for float64) arithmetic: relative RMS error below 3e-7. A
 //           transform spreads rounding over the whole row: y_t depends on later x by rounding alone, at the scale of
 //           the row's largest values. dk is summed over the batch in order: deterministic for any number of threads.
+//           Subnormal numbers count as zeros.
 // Limits    a NaN or inf spreads over its row and channel, backwards in time too. Up to 64 slots of 256 H bytes of
 //           workspace forward and 512 H backward (fewer above 1 GiB); a thread touches one of them. D below the vector
 //           length wastes lanes, and few channels occupy few threads.
