@@ -13,6 +13,10 @@
 #include "bind/borrow.h"
 #include "megalodon.h"
 
+#ifndef MEGALODON_EXTENSION
+#define MEGALODON_EXTENSION _C
+#endif
+
 namespace megalodon::bind {
 namespace {
 
@@ -141,7 +145,7 @@ void define(py::module_& module, const char* name, Specs specs_of, Run run) {
 
 #define MEGALODON_DEFINE(name) define(module, #name, megalodon_##name##_outputs, megalodon_##name)
 
-PYBIND11_MODULE(_C, module) {
+PYBIND11_MODULE(MEGALODON_EXTENSION, module) {
   MEGALODON_DEFINE(cema_forward);
   MEGALODON_DEFINE(cema_backward);
   MEGALODON_DEFINE(cema_kernel_forward);
@@ -163,6 +167,7 @@ PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(timestep_norm_backward);
 
   module.def("version", [] { return megalodon_version(); });
+  module.def("cuda_version", [] { return megalodon_cuda_version(); });
   module.def("isa", [] { return megalodon_isa(); });
   module.def("set_isa", [](const char* name) { throw_unless_ok(megalodon_set_isa(name)); });
   module.def("num_threads", [] { return megalodon_num_threads(); });

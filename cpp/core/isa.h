@@ -18,7 +18,7 @@ Isa active_isa() noexcept;
 }  // namespace megalodon
 
 // Declares the kernel megalodon::cpu::NAME(const ARGS&) in every instruction set, and the function that chooses.
-#if defined(MEGALODON_X86)
+#if defined(MEGALODON_X86) && !defined(MEGALODON_SIMT)
 #define MEGALODON_CPU_KERNEL(NAME, ARGS)      \
   namespace megalodon::cpu {                  \
   namespace portable {                        \

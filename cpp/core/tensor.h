@@ -90,6 +90,14 @@ class Checker {
 
   const char* op() const { return op_; }
   DLDevice device() const { return device_; }
+  // Whether the CUDA kernel runs, which may want another workspace.
+  bool on_cuda() const {
+#if defined(MEGALODON_SIMT)
+    return true;
+#else
+    return device_.device_type != kDLCPU;
+#endif
+  }
 
  private:
   friend class Outputs;
@@ -146,12 +154,58 @@ int guarded(Body&& body) {
   }
 }
 
-// Where a checked call runs. `cuda` is the launcher, or nullptr in a build without CUDA.
+// A launcher of cuda/ops, declared by MEGALODON_CUDA_KERNEL in the op's header; nullptr in a build without CUDA.
 template <class Args>
-void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), void* /*stream*/) {
-  if (checker.device().device_type == kDLCPU) return cpu(args);
+using CudaKernel = void (*)(const Args&, void* stream);
+
+#if defined(MEGALODON_WITH_CUDA)
+// Makes the device current on this thread while it lives (cuda/core/device.cu).
+class DeviceGuard {
+ public:
+  DeviceGuard(const Checker& checker, int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_;
+  int device_;
+};
+#endif
+
+// Where a checked call runs: the CPU kernel or the CUDA launcher. The build for the executor (cuda/simt) runs the CUDA
+// launcher on CPU tensors. An op that has no CUDA kernel yet passes nullptr.
+template <class Args>
+void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), CudaKernel<Args> cuda, void* stream) {
+  if (!checker.on_cuda()) return cpu(args);
+#if defined(MEGALODON_WITH_CUDA) || defined(MEGALODON_SIMT)
+  if (cuda == nullptr) checker.not_implemented("a CUDA kernel");
+#if defined(MEGALODON_WITH_CUDA)
+  const DeviceGuard guard(checker, checker.device().device_id);
+#endif
+  cuda(args, stream);
+#else
+  (void)cuda, (void)stream;
   throw Error{MEGALODON_RUNTIME_ERROR,
               std::string(checker.op()) + ": the tensors are on a CUDA device, and this build has no CUDA kernels"};
+#endif
+}
+
+template <class Args>
+void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), void* stream) {
+  run_on(checker, args, cpu, CudaKernel<Args>{nullptr}, stream);
 }
 
 }  // namespace megalodon
+
+#if defined(MEGALODON_WITH_CUDA) || defined(MEGALODON_SIMT)
+#define MEGALODON_CUDA_KERNEL(NAME, ARGS)    \
+  namespace megalodon::cuda {                \
+  void NAME(const ARGS& args, void* stream); \
+  }
+#else
+#define MEGALODON_CUDA_KERNEL(NAME, ARGS)    \
+  namespace megalodon::cuda {                \
+  constexpr CudaKernel<ARGS> NAME = nullptr; \
+  }
+#endif

@@ -59,3 +59,5 @@ static inline SiluMulBackward check_silu_mul_backward(Checker& c, const DLTensor
 
 MEGALODON_CPU_KERNEL(silu_mul_forward, SiluMulForward)
 MEGALODON_CPU_KERNEL(silu_mul_backward, SiluMulBackward)
+MEGALODON_CUDA_KERNEL(silu_mul_forward, SiluMulForward)
+MEGALODON_CUDA_KERNEL(silu_mul_backward, SiluMulBackward)
