@@ -17,38 +17,36 @@ if(NOT no_cuda)
   set_target_properties(megalodon_ops PROPERTIES LINKER_LANGUAGE CXX)
 endif()
 
-# ---- the executor ------------------------------------------------------------------------------------------------------
+# ---- the executor ----------------------------------------------------------------------------------------------------
 
 set(MEGALODON_SIMT OFF CACHE STRING
-    "Also build the CUDA kernels to run on the CPU, for tests: OFF, ON (plain), or a list of plain, asan and race")
-if(MEGALODON_SIMT STREQUAL "ON")
-  set(simt_builds plain)
-elseif(MEGALODON_SIMT)
-  set(simt_builds ${MEGALODON_SIMT})
+    "Also build the CUDA kernels to run on the CPU, for tests: OFF, or a list of plain, asan and race")
+if(NOT MEGALODON_SIMT)
+  return()
 endif()
 
 # A .cu file as a C++ source: one that includes it.
 foreach(source IN LISTS cuda_sources ITEMS tests/simt/kernels.cu)
-  set(wrapper ${PROJECT_BINARY_DIR}/simt/${source}.cpp)
+  set(wrapper ${PROJECT_BINARY_DIR}/wrapped/${source}.cpp)
   file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${PROJECT_SOURCE_DIR}/${source}\"\n")
   list(APPEND simt_kernel_sources ${wrapper})
 endforeach()
 list(POP_BACK simt_kernel_sources simt_test_kernels)
 
-# The C functions, whose CPU kernels never run here.
-if(simt_builds)
-  add_library(simt_entries OBJECT ${op_sources} cpp/core/isa.cpp cpp/core/parallel.cpp cpp/core/tensor.cpp)
-  target_compile_definitions(simt_entries PRIVATE MEGALODON_ISA=portable MEGALODON_ENTRY)
-  list(APPEND simt_targets simt_entries)
+# The C functions, whose CPU kernels never run here, and the binding.
+add_library(simt_entries OBJECT ${op_sources} cpp/core/isa.cpp cpp/core/parallel.cpp cpp/core/tensor.cpp)
+target_compile_definitions(simt_entries PRIVATE MEGALODON_ISA=portable MEGALODON_ENTRY)
+list(APPEND simt_targets simt_entries)
+if(MEGALODON_PYTHON)
+  add_library(simt_bind OBJECT cpp/bind/module.cpp cpp/bind/borrow.cpp)
+  target_link_libraries(simt_bind PRIVATE pybind11::module)
+  list(APPEND simt_targets simt_bind)
 endif()
 
-# Per build: the extension module _C_simt{,_asan,_race}, which runs the CUDA kernels on CPU tensors, and
-# simt_tests_{build}, the executor's own tests. asan instruments kernels and executor, race the kernels alone.
-foreach(build IN LISTS simt_builds)
-  set(module _C_simt_${build})
-  if(build STREQUAL "plain")
-    set(module _C_simt)
-  endif()
+# Per build: the extension module in a folder named like the tests' backend (simt, simt_asan, simt_race), which runs the
+# CUDA kernels on CPU tensors, and simt_tests_{build}, the executor's own tests. asan instruments kernels and executor,
+# race the kernels alone.
+foreach(build IN LISTS MEGALODON_SIMT)
   add_library(simt_executor_${build} OBJECT cuda/simt/executor.cpp cuda/simt/fiber.cpp cuda/simt/memory.cpp
                                             cuda/simt/race.cpp)
   add_library(simt_kernels_${build} OBJECT ${simt_kernel_sources})
@@ -58,13 +56,16 @@ foreach(build IN LISTS simt_builds)
   target_link_libraries(simt_tests_${build} PRIVATE simt_executor_${build} simt_test_kernels_${build})
   list(APPEND simt_targets simt_executor_${build} simt_kernels_${build} simt_test_kernels_${build} simt_tests_${build})
   if(MEGALODON_PYTHON)
-    pybind11_add_module(${module} MODULE NO_EXTRAS cpp/bind/module.cpp cpp/bind/borrow.cpp)
-    target_compile_definitions(${module} PRIVATE MEGALODON_EXTENSION=${module})
-    target_link_libraries(${module} PRIVATE simt_entries simt_executor_${build} simt_kernels_${build} Threads::Threads)
-    if(MEGALODON_IN_PLACE)
-      set_target_properties(${module} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_SOURCE_DIR}/python/megalodon_ops)
+    set(backend simt_${build})
+    if(build STREQUAL "plain")
+      set(backend simt)
     endif()
-    list(APPEND simt_targets ${module})
+    add_library(${backend} MODULE $<TARGET_OBJECTS:simt_bind>)
+    pybind11_extension(${backend})
+    set_target_properties(${backend} PROPERTIES OUTPUT_NAME _C LINKER_LANGUAGE CXX
+                                                LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/${backend})
+    target_link_libraries(${backend} PRIVATE simt_entries simt_executor_${build} simt_kernels_${build} Threads::Threads)
+    list(APPEND simt_targets ${backend})
   endif()
   if(build STREQUAL "asan")
     set(sanitize -fsanitize=address,undefined -fno-sanitize-recover=undefined)
@@ -77,12 +78,11 @@ foreach(build IN LISTS simt_builds)
     foreach(part kernels test_kernels)
       target_compile_options(simt_${part}_race PRIVATE -fsanitize=thread --param=tsan-instrument-func-entry-exit=0)
     endforeach()
+  elseif(NOT build STREQUAL "plain")
+    message(FATAL_ERROR "MEGALODON_SIMT must be OFF, or a list of plain, asan and race; got ${MEGALODON_SIMT}")
   endif()
 endforeach()
-
-if(simt_builds)
-  add_custom_target(simt DEPENDS ${simt_targets})
-endif()
+add_custom_target(simt_all DEPENDS ${simt_targets})
 
 # -Wno-uninitialized: registers of a loop that only nvcc unrolls.
 foreach(target IN LISTS simt_targets)

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from build_tree import ROOT, missing
+from backend import ROOT
 
 KERNEL_FILES = sorted([*ROOT.glob("cuda/ops/*.cu*"), *ROOT.glob("cuda/core/*.cuh")])
 PORTABLE = ROOT / "cuda/core/portable.cuh"
@@ -29,6 +29,7 @@ FORBIDDEN = {
     r"\bgetenv\b|\bprintf\b": "arguments",
     r"\bnew\b|\bmalloc\b": "a workspace",
 }
+ARCHITECTURES = ("80", "90a")
 PARAGRAPHS = ("Computes", "Layout", "Mapping", "Traffic", "Numerics", "Limits")
 
 
@@ -97,20 +98,25 @@ def test_a_kernel_file_opens_with_the_six_paragraphs(path: Path) -> None:
 
 @pytest.mark.parametrize("path", OP_FILES, ids=lambda path: path.stem)
 def test_no_kernel_spills_or_has_a_stack_frame(path: Path, tmp_path: Path) -> None:
-    """As the compiler reports, for both architectures (about half a minute an op)."""
-    nvcc = shutil.which("nvcc") or missing("nvcc is not on the PATH")
+    """As the compiler reports, for both architectures. A kernel may have a stack frame where its
+    file says why: "// Stack frame of my_kernel: ...".
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the PATH")
     if not os.environ.get("CI") and not os.environ.get("MEGALODON_RESOURCES"):
         pytest.skip("set MEGALODON_RESOURCES=1 to compile every CUDA kernel")
-    command = [nvcc, "-std=c++17", "-O3", "-DMEGALODON_WITH_CUDA", "-Xptxas=-v", "-cubin"]
-    for architecture in ("sm_80", "sm_90a"):
-        options = [f"-arch={architecture}", f"-I{ROOT}/cpp", f"-I{ROOT}/cuda"]
-        report = subprocess.run(
-            [*command, *options, "-o", str(tmp_path / "kernels.cubin"), str(path)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-        frames = re.findall(r"properties for (\S+)\s+(.*bytes spill loads)", report)
-        assert frames
-        clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-        assert not [(name, frame) for name, frame in frames if frame != clean]
+    command = [nvcc, "-std=c++17", "-O3", "-DMEGALODON_WITH_CUDA", "-Xptxas=-v", "--threads=2"]
+    command += [f"-I{ROOT}/cpp", f"-I{ROOT}/cuda", "-c", f"-o{tmp_path}/kernels.o", str(path)]
+    for architecture in ARCHITECTURES:
+        command.append(f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    excused = re.findall(r"^// Stack frame of (\w+): \S", path.read_text(), re.MULTILINE)
+    frames = re.findall(
+        r"properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores", report
+    )
+    assert {a for a in ARCHITECTURES if f"for 'sm_{a}'" in report} == set(ARCHITECTURES)
+    assert frames
+    for kernel, frame, spills in frames:
+        assert spills == "0", f"{kernel} spills {spills} bytes"
+        assert frame == "0" or any(name in kernel for name in excused), f"{kernel}: frame {frame}"

@@ -13,10 +13,6 @@
 #include "bind/borrow.h"
 #include "megalodon.h"
 
-#ifndef MEGALODON_EXTENSION
-#define MEGALODON_EXTENSION _C
-#endif
-
 namespace megalodon::bind {
 namespace {
 
@@ -145,7 +141,7 @@ void define(py::module_& module, const char* name, Specs specs_of, Run run) {
 
 #define MEGALODON_DEFINE(name) define(module, #name, megalodon_##name##_outputs, megalodon_##name)
 
-PYBIND11_MODULE(MEGALODON_EXTENSION, module) {
+PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(cema_forward);
   MEGALODON_DEFINE(cema_backward);
   MEGALODON_DEFINE(cema_kernel_forward);

@@ -154,10 +154,6 @@ int guarded(Body&& body) {
   }
 }
 
-// A launcher of cuda/ops, declared by MEGALODON_CUDA_KERNEL in the op's header; nullptr in a build without CUDA.
-template <class Args>
-using CudaKernel = void (*)(const Args&, void* stream);
-
 #if defined(MEGALODON_WITH_CUDA)
 // Makes the device current on this thread while it lives (cuda/core/device.cu).
 class DeviceGuard {
@@ -173,10 +169,11 @@ class DeviceGuard {
 };
 #endif
 
-// Where a checked call runs: the CPU kernel or the CUDA launcher. The build for the executor (cuda/simt) runs the CUDA
-// launcher on CPU tensors. An op that has no CUDA kernel yet passes nullptr.
+// Where a checked call runs: the CPU kernel or the CUDA launcher, which is nullptr where cuda/ops has none. The build
+// for the executor (cuda/simt) runs the CUDA launcher on CPU tensors.
 template <class Args>
-void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), CudaKernel<Args> cuda, void* stream) {
+void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), void (*cuda)(const Args&, void* stream),
+            void* stream) {
   if (!checker.on_cuda()) return cpu(args);
 #if defined(MEGALODON_WITH_CUDA) || defined(MEGALODON_SIMT)
   if (cuda == nullptr) checker.not_implemented("a CUDA kernel");
@@ -191,21 +188,4 @@ void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), 
 #endif
 }
 
-template <class Args>
-void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), void* stream) {
-  run_on(checker, args, cpu, CudaKernel<Args>{nullptr}, stream);
-}
-
 }  // namespace megalodon
-
-#if defined(MEGALODON_WITH_CUDA) || defined(MEGALODON_SIMT)
-#define MEGALODON_CUDA_KERNEL(NAME, ARGS)    \
-  namespace megalodon::cuda {                \
-  void NAME(const ARGS& args, void* stream); \
-  }
-#else
-#define MEGALODON_CUDA_KERNEL(NAME, ARGS)    \
-  namespace megalodon::cuda {                \
-  constexpr CudaKernel<ARGS> NAME = nullptr; \
-  }
-#endif

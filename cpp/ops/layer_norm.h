@@ -90,7 +90,5 @@ static inline LayerNormBackward check_layer_norm_backward(Checker& c, const DLTe
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(layer_norm_forward, LayerNormForward)
-MEGALODON_CPU_KERNEL(layer_norm_backward, LayerNormBackward)
-MEGALODON_CUDA_KERNEL(layer_norm_forward, LayerNormForward)
-MEGALODON_CUDA_KERNEL(layer_norm_backward, LayerNormBackward)
+MEGALODON_KERNEL(layer_norm_forward, LayerNormForward)
+MEGALODON_KERNEL(layer_norm_backward, LayerNormBackward)

@@ -79,7 +79,5 @@ static inline RmsNormBackward check_rms_norm_backward(Checker& c, const DLTensor
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(rms_norm_forward, RmsNormForward)
-MEGALODON_CPU_KERNEL(rms_norm_backward, RmsNormBackward)
-MEGALODON_CUDA_KERNEL(rms_norm_forward, RmsNormForward)
-MEGALODON_CUDA_KERNEL(rms_norm_backward, RmsNormBackward)
+MEGALODON_KERNEL(rms_norm_forward, RmsNormForward)
+MEGALODON_KERNEL(rms_norm_backward, RmsNormBackward)

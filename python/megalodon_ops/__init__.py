@@ -10,14 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from typing import Any
-
-# For the tests: "simt", "simt_asan" or "simt_race" runs the CUDA kernels on CPU tensors, in the
-# host executor (cuda/simt).
-if os.environ.get("MEGALODON_TEST_BACKEND"):
-    _C = importlib.import_module(f"megalodon_ops._C_{os.environ['MEGALODON_TEST_BACKEND']}")
-    sys.modules["megalodon_ops._C"] = _C
 
 from megalodon_ops import _C, kernels, ops
 from megalodon_ops._library import registry

@@ -4,12 +4,11 @@ The programs simt_tests_{build} (tests/simt/main.cpp) are built with
 -DMEGALODON_SIMT="plain;asan;race".
 """
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from build_tree import ROOT, missing
+from backend import SIMT_BUILD
 
 IN_ORDER = ("forward", "reverse", "lockstep")
 RANDOM = tuple(f"random:{seed}" for seed in range(1, 41))
@@ -40,12 +39,10 @@ KERNELS = ("row_sum", "scan", "pipeline", "reverse", "last_block", "waits")
 
 
 def program(build: str) -> Path:
-    folder = os.environ.get("MEGALODON_SIMT_BUILD")
-    folders = [Path(folder)] if folder else sorted(ROOT.glob("build*"))
-    for path in (folder / f"simt_tests_{build}" for folder in folders):
-        if path.is_file():
-            return path
-    missing(f'simt_tests_{build} (cmake -DMEGALODON_SIMT="plain;asan;race")')
+    path = SIMT_BUILD / f"simt_tests_{build}"
+    if not path.is_file():
+        pytest.skip(f"{path} is not built (make test-simt)")
+    return path
 
 
 def run(build: str, kernel: str, bug: str, *schedules: str) -> str:
