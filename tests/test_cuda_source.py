@@ -107,7 +107,7 @@ def test_no_kernel_spills_or_has_a_stack_frame(path: Path, tmp_path: Path) -> No
     if not os.environ.get("CI") and not os.environ.get("MEGALODON_RESOURCES"):
         pytest.skip("set MEGALODON_RESOURCES=1 to compile every CUDA kernel")
     command = [nvcc, "-std=c++17", "-O3", "-DMEGALODON_WITH_CUDA", "-Xptxas=-v", "--threads=2"]
-    command += [f"-I{ROOT}/cpp", f"-I{ROOT}/cuda", "-c", f"-o{tmp_path}/kernels.o", str(path)]
+    command += [f"-I{ROOT}/cpp", f"-I{ROOT}/cuda", "-c", "-o", f"{tmp_path}/out", str(path)]
     for architecture in ARCHITECTURES:
         command.append(f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
