@@ -15,7 +15,10 @@
 
 #if defined(MEGALODON_SIMT_RACE)
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 namespace megalodon::simt {
@@ -100,13 +103,23 @@ Cell* cell_of(uintptr_t address) {
   return last_page + address % kPageBytes / kCellBytes;
 }
 
+// "FILE 0xOFFSET", as `addr2line -e` takes them.
+std::string place_of(const void* code) {
+  Dl_info info{};
+  if (dladdr(code, &info) == 0) return "an unknown place";
+  char offset[32];
+  std::snprintf(offset, sizeof offset, " %#zx",
+                static_cast<size_t>(static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase)) - 1);
+  return info.dli_fname + std::string(offset);
+}
+
 void check(const Access& earlier, const char* what, const Access& now, const char* how, const void* address,
            const Thread& thread) {
   if (earlier.epoch == 0 || (earlier.atomic && now.atomic) || ordered(earlier, thread)) return;
   const char* where = executor.in_arenas(address) ? "shared" : "global";
   const std::string who = earlier.thread == kSeveral ? "several threads" : "thread " + std::to_string(earlier.thread);
-  fail("RACE: %s of %s memory %p, after an unordered %s by %s of block %u (code at %p and %p)", how, where, address,
-       what, who.c_str(), earlier.block, now.code, earlier.code);
+  fail("RACE: %s of %s memory %p, after an unordered %s by %s of block %u (code at %s and %s)", how, where, address,
+       what, who.c_str(), earlier.block, place_of(now.code).c_str(), place_of(earlier.code).c_str());
 }
 
 void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {

@@ -16,8 +16,7 @@ DEVICE float warp_sum(float value) {
   return value;
 }
 
-// ---- the sum of every row: warp sums meet in shared memory
-// -----------------------------------------------------------
+// ---- the sum of every row: warp sums meet in shared memory ----------------------------------------------------------
 
 template <Bug kBug>
 __global__ void row_sum_kernel(const float* x, float* sums, float* scaled, int columns) {
@@ -48,8 +47,7 @@ __global__ void row_sum_kernel(const float* x, float* sums, float* scaled, int c
   }
 }
 
-// ---- inclusive scan in one pass: blocks look back at the sums their predecessors have published
-// ------------------------
+// ---- inclusive scan in one pass: blocks look back at the sums their predecessors have published ---------------------
 
 constexpr uint64_t kAggregate = uint64_t{1} << 62;
 constexpr uint64_t kPrefix = uint64_t{2} << 62;
@@ -106,8 +104,7 @@ __global__ void scan_kernel(const uint32_t* x, uint32_t* y, uint64_t* states, ui
   if (i < length) y[i] = before + scan;
 }
 
-// ---- two-stage pipeline of asynchronous copies
-// -------------------------------------------------------------------------
+// ---- two-stage pipeline of asynchronous copies ----------------------------------------------------------------------
 
 template <Bug kBug>
 __global__ void pipeline_kernel(const float* x, float* y, int tiles) {
@@ -132,8 +129,7 @@ __global__ void pipeline_kernel(const float* x, float* y, int tiles) {
   }
 }
 
-// ---- a warp reverses its values through shared memory
-// ------------------------------------------------------------------
+// ---- a warp reverses its values through shared memory ---------------------------------------------------------------
 
 template <Bug kBug>
 __global__ void reverse_kernel(const float* x, float* y) {
@@ -144,8 +140,7 @@ __global__ void reverse_kernel(const float* x, float* y) {
   y[t] = values[t ^ 31];
 }
 
-// ---- the last block to finish adds up what all blocks have left
-// --------------------------------------------------------
+// ---- the last block to finish adds up what all blocks have left -----------------------------------------------------
 
 template <Bug kBug>
 __global__ void last_block_kernel(const float* x, float* partial, uint32_t* done, float* sum) {
@@ -164,8 +159,7 @@ __global__ void last_block_kernel(const float* x, float* partial, uint32_t* done
   *sum = total;
 }
 
-// ---- waits that never end
-// ----------------------------------------------------------------------------------------------
+// ---- waits that never end -------------------------------------------------------------------------------------------
 
 __global__ void deadlock_kernel(float* y) {
   float value = 1;
