@@ -100,8 +100,9 @@ def fma_floor(flops: int) -> Callable[[], Any]:
 def relative_error(op: Op, args: Sequence[Any]) -> float:
     """Of the first output against the float64 reference: ||e|| / ||ref||."""
     exact = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    ours = [a.clone() if isinstance(a, Tensor) else a for a in args]  # an op may write to them
     with torch.no_grad():
-        got, wanted = op.overload(*args), op.reference(*exact)
+        got, wanted = op.overload(*ours), op.reference(*exact)
     got, wanted = (o[0] if isinstance(o, tuple) else o for o in (got, wanted))
     return ((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()
 

@@ -92,6 +92,32 @@ MEGALODON_API void megalodon_set_parallel_for(megalodon_parallel_for engine);
 MEGALODON_API int megalodon_set_num_threads(int64_t count);
 MEGALODON_API int64_t megalodon_num_threads(void); /* of our own pool */
 
+/* block_step: one decoding step of a whole block, x (B, D) to y (B, D). Updated in place: k_cache (B, C, H, S), v_cache
+ * (B, C, H, E), count (B), mean, var (B, G), h (B, D, N, 2); position (B) is read. Parameters as in the ops they belong
+ * to; weights (out, in) and biases of linear layers and ffn_alpha (D) have the activation's type. rmsnorm_weight,
+ * norm_weight with norm_bias, fc3_weight and ffn_alpha are optional. */
+MEGALODON_API int megalodon_block_step_forward_outputs(
+    const DLTensor* x, DLTensor* k_cache, DLTensor* v_cache, DLTensor* count, DLTensor* mean, DLTensor* var,
+    DLTensor* h, const DLTensor* position, const DLTensor* timenorm_weight, const DLTensor* timenorm_bias,
+    const DLTensor* cema_alpha, const DLTensor* cema_delta, const DLTensor* cema_theta, const DLTensor* cema_gamma,
+    const DLTensor* cema_omega, const DLTensor* rmsnorm_weight, const DLTensor* wv_weight, const DLTensor* wv_bias,
+    const DLTensor* wz_weight, const DLTensor* wz_bias, const DLTensor* wr_weight, const DLTensor* wr_bias,
+    const DLTensor* wh1_weight, const DLTensor* wh1_bias, const DLTensor* wh2_weight, const DLTensor* gamma,
+    const DLTensor* beta, const DLTensor* norm_weight, const DLTensor* norm_bias, const DLTensor* fc1_weight,
+    const DLTensor* fc2_weight, const DLTensor* fc3_weight, const DLTensor* ffn_alpha, int64_t num_groups,
+    int64_t num_heads, int64_t chunk_size, double rope_base, double eps, megalodon_spec* outputs);
+MEGALODON_API int megalodon_block_step_forward(
+    const DLTensor* x, DLTensor* k_cache, DLTensor* v_cache, DLTensor* count, DLTensor* mean, DLTensor* var,
+    DLTensor* h, const DLTensor* position, const DLTensor* timenorm_weight, const DLTensor* timenorm_bias,
+    const DLTensor* cema_alpha, const DLTensor* cema_delta, const DLTensor* cema_theta, const DLTensor* cema_gamma,
+    const DLTensor* cema_omega, const DLTensor* rmsnorm_weight, const DLTensor* wv_weight, const DLTensor* wv_bias,
+    const DLTensor* wz_weight, const DLTensor* wz_bias, const DLTensor* wr_weight, const DLTensor* wr_bias,
+    const DLTensor* wh1_weight, const DLTensor* wh1_bias, const DLTensor* wh2_weight, const DLTensor* gamma,
+    const DLTensor* beta, const DLTensor* norm_weight, const DLTensor* norm_bias, const DLTensor* fc1_weight,
+    const DLTensor* fc2_weight, const DLTensor* fc3_weight, const DLTensor* ffn_alpha, int64_t num_groups,
+    int64_t num_heads, int64_t chunk_size, double rope_base, double eps, DLTensor* y, DLTensor* workspace,
+    void* stream);
+
 /* cema_kernel: k_t = Re sum_n c_n q_n^t, the impulse response of cema without omega. Parameters as for cema, float32 or
  * float64; k, dk (D, length). */
 MEGALODON_API int megalodon_cema_kernel_forward_outputs(const DLTensor* alpha, const DLTensor* delta,

@@ -73,6 +73,22 @@ def test_checkpointing() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_attention_dropout_draws_a_new_seed_each_time(checkpointed: bool) -> None:
+    model = small_model(attention_dropout=0.4, layerwise_ckpt=checkpointed).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = random_tokens(2, 9)
+    parameters = list(model.parameters())
+    results = []
+    for call in (model, compiled):
+        torch.manual_seed(3)
+        logits = [call(tokens), call(tokens)]
+        assert not torch.equal(*logits)
+        results.append([*logits, *torch.autograd.grad(logits[1].square().sum(), parameters)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_inductor() -> None:
     model = small_model(dtype=torch.float32)
     tokens = random_tokens(2, 6)

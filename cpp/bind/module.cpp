@@ -142,6 +142,7 @@ void define(py::module_& module, const char* name, Specs specs_of, Run run) {
 #define MEGALODON_DEFINE(name) define(module, #name, megalodon_##name##_outputs, megalodon_##name)
 
 PYBIND11_MODULE(_C, module) {
+  MEGALODON_DEFINE(block_step_forward);
   MEGALODON_DEFINE(cema_forward);
   MEGALODON_DEFINE(cema_backward);
   MEGALODON_DEFINE(cema_kernel_forward);

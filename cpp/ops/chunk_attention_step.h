@@ -28,6 +28,12 @@ struct ChunkAttentionStep {
 
   // FMAs that a part, or a thread, should have at least.
   static constexpr int64_t kLeastWork = 1 << 17;
+
+  void divide() {  // by the sizes
+    const int64_t heads = B * H, work = C * (S + E);
+    max_parts = std::max<int64_t>(1, std::min({int64_t{16}, 32 / std::max<int64_t>(heads, 1), work / kLeastWork}));
+  }
+  int64_t workspace_bytes() const { return B * H * max_parts * (E + 2) * size_of(stat_dtype(dtype)); }
 };
 
 static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DLTensor* q_in, const DLTensor* k_in,
@@ -56,11 +62,9 @@ static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DL
   args.S = S.size;
   args.E = E.size;
   args.C = C.size;
-  const int64_t heads = args.B * args.H, work = args.C * (args.S + args.E);
-  args.max_parts = std::max<int64_t>(
-      1, std::min({int64_t{16}, 32 / std::max<int64_t>(heads, 1), work / ChunkAttentionStep::kLeastWork}));
+  args.divide();
   args.o = out.like(c, "o", v);
-  args.workspace = out.workspace(c, heads * args.max_parts * (args.E + 2) * size_of(stat_dtype(args.dtype)));
+  args.workspace = out.workspace(c, args.workspace_bytes());
   return args;
 }
 

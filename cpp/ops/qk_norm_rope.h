@@ -25,6 +25,11 @@ struct QkNormRope {
   double rope_base;
   Parts parts;    // of the B L tokens
   int64_t pairs;  // S / 2, rounded up to whole vectors
+
+  void divide() {  // by the sizes
+    parts = Parts::of(B * L, 64);
+    pairs = round_up(S / 2, 16);
+  }
 };
 
 struct QkNormRopeForward : QkNormRope {
@@ -33,6 +38,8 @@ struct QkNormRopeForward : QkNormRope {
   void* rstd;       // [B, L, H] stat
   void* workspace;  // double: angles and steps [3, pairs], then [parts, 4, pairs]
   double eps;
+
+  int64_t workspace_bytes() const { return (3 + 4 * parts.parts) * pairs * 8; }
 };
 
 struct QkNormRopeBackward : QkNormRope {
@@ -74,8 +81,7 @@ static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in,
   args.S = D.size / num_heads;
   args.C = chunk_size;
   args.rope_base = rope_base;
-  args.parts = Parts::of(args.B * args.L, 64);
-  args.pairs = round_up(args.S / 2, 16);
+  args.divide();
   return z;
 }
 
@@ -89,7 +95,7 @@ static inline QkNormRopeForward check_qk_norm_rope(Checker& c, const DLTensor* z
   args.q = out.next(c, "q", z.dtype, {args.B, args.L, args.H, args.S});
   args.k = out.next(c, "k", z.dtype, {args.B, args.L, args.H, args.S});
   args.rstd = out.next(c, "rstd", stat_dtype(z.dtype), {args.B, args.L, args.H});
-  args.workspace = out.workspace(c, (3 + 4 * args.parts.parts) * args.pairs * 8);
+  args.workspace = out.workspace(c, args.workspace_bytes());
   args.eps = eps;
   return args;
 }

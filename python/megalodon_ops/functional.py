@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "TimestepNormState",
+    "block_step",
     "cema",
     "cema_kernel",
     "chunk_attention",
@@ -45,6 +46,117 @@ def _squeeze(parameter: Tensor, ndim: int) -> Tensor:
     while parameter.ndim > ndim and parameter.shape[-1] == 1:
         parameter = parameter.squeeze(-1)
     return parameter
+
+
+def block_step(
+    x: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    norm: TimestepNormState,
+    h: Tensor,
+    position: Tensor,
+    timenorm_weight: Tensor,
+    timenorm_bias: Tensor,
+    cema_alpha: Tensor,
+    cema_delta: Tensor,
+    cema_theta: Tensor,
+    cema_gamma: Tensor,
+    cema_omega: Tensor,
+    rmsnorm_weight: Tensor | None,
+    wv_weight: Tensor,
+    wv_bias: Tensor,
+    wz_weight: Tensor,
+    wz_bias: Tensor,
+    wr_weight: Tensor,
+    wr_bias: Tensor,
+    wh1_weight: Tensor,
+    wh1_bias: Tensor,
+    wh2_weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    fc3_weight: Tensor | None,
+    ffn_alpha: Tensor | None,
+    num_groups: int,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+) -> Tensor:
+    """One decoding step of a whole block, with its state updated in place.
+
+    What a `Block` computes from one token per row, in one call: t = timestep_norm(x), mx =
+    rms_norm(cema(t)); q, k from Wz mx, v = silu(Wv t); o = chunk_attention_step(q, k, v); y1 = x +
+    Wh1 mx + Wh2 (silu(Wr mx) o); u = layer_norm(y1); x + ffn_alpha W2 (silu(W1 u) W3 u).
+
+    Args:
+        x: (B, D) activation.
+        k_cache, v_cache: (B, C, H, S), (B, C, H, E) activation; written at slot position % C.
+        norm: count (B) int64, mean and var (B, G) stat, of :func:`timestep_norm`; written.
+        h: (B, D, N, 2) stat, of :func:`cema`; written.
+        position: (B) int64, steps before this one; rows may differ.
+        timenorm_weight, timenorm_bias: (D) stat.
+        cema_alpha, cema_delta, cema_theta, cema_gamma, cema_omega: as in :func:`cema`.
+        rmsnorm_weight: (D) stat, or None.
+        wv_weight, wr_weight: (H E, D) activation, as all weights; their biases (H E).
+        wz_weight: (H S, D); its bias (H S). wh1_weight: (D, D); its bias (D).
+        wh2_weight: (D, H E).
+        gamma, beta: (2, H S) stat, as in :func:`qk_norm_rope`.
+        norm_weight, norm_bias: (D) stat, of the layer norm; both or neither.
+        fc1_weight, fc3_weight: (F, D); fc3_weight is None without a gate. fc2_weight: (D, F).
+        ffn_alpha: (D) activation, or None.
+        num_groups, num_heads, chunk_size: G, H, C.
+        rope_base: of the rotary frequencies.
+        eps: of every norm.
+
+    Returns:
+        y (B, D) like x. For inference: not differentiable. It is meant for few rows: from about 16
+        on, a GEMM of all rows beats its way of reading each weight once.
+
+    Source: section 3 of the paper.
+    """
+    y: Tensor = _ops.block_step(
+        x,
+        k_cache,
+        v_cache,
+        *norm,
+        h,
+        position,
+        timenorm_weight,
+        timenorm_bias,
+        _squeeze(cema_alpha, 2),
+        _squeeze(cema_delta, 2),
+        _squeeze(cema_theta, 1),
+        cema_gamma,
+        _squeeze(cema_omega, 1),
+        rmsnorm_weight,
+        wv_weight,
+        wv_bias,
+        wz_weight,
+        wz_bias,
+        wr_weight,
+        wr_bias,
+        wh1_weight,
+        wh1_bias,
+        wh2_weight,
+        gamma,
+        beta,
+        norm_weight,
+        norm_bias,
+        fc1_weight,
+        fc2_weight,
+        fc3_weight,
+        ffn_alpha,
+        num_groups,
+        num_heads,
+        chunk_size,
+        rope_base,
+        eps,
+    )
+    return y
 
 
 def cema(

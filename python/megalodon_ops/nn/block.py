@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
+from .. import functional as F
 from ..config import MegalodonConfig
 from ..state import LayerState
 from .attention import MegaAttention
+from .cema import CEMA
 from .ffn import FFN
+from .init import Linear
+from .norms import LayerNorm, RMSNorm, TimestepNorm
+from .precision import activation_dtype
+
+# Rows from which a decoding step is faster op by op, with its linear layers as GEMMs of all rows.
+_MANY_ROWS = 16
 
 
 class Block(nn.Module):
     """y = x + MegaAttention(x); out = x + alpha * FFN(LayerNorm(y)): both add the block's input.
 
     Children: mega (`MegaAttention`, which adds x itself) and nffn (`FFN`).
+
+    A decoding step of few rows in place is one op, `block_step`, where nothing but the modules made
+    here has a say: no dropout, no autocast, no hook on a child, no child that was replaced.
     """
 
     def __init__(self, config: MegalodonConfig, layer_id: int = 0) -> None:
         super().__init__()
         self.mega = MegaAttention(config)
         self.nffn = FFN(config, layer_id)
+        self.any_dropout = config.any_dropout
 
     def forward(
         self,
@@ -30,5 +44,79 @@ class Block(nn.Module):
         inplace_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """Arguments and results are those of `MegaAttention.forward`."""
+        if inplace_state and state is not None and position is not None and self._is_step(x):
+            return self._step(x, state, position), state
         y, new_state = self.mega(x, state, position, return_state, inplace_state)
         return self.nffn(y, residual=x), new_state
+
+    def _is_step(self, x: Tensor) -> bool:
+        """Whether `block_step` computes what the modules would."""
+        return (
+            x.shape[1] == 1
+            and x.shape[0] < _MANY_ROWS
+            and x.device.type == "cpu"
+            and not (self.training and self.any_dropout)
+            and activation_dtype(x) == x.dtype
+            and all(_is_plain(module, kind) for module, kind in self._parts())
+        )
+
+    def _parts(self) -> Iterator[tuple[nn.Module | None, type[nn.Module]]]:
+        mega, nffn = self.mega, self.nffn
+        yield mega, MegaAttention
+        yield nffn, FFN
+        yield mega.timenorm, TimestepNorm
+        yield mega.cema, CEMA
+        yield mega.rmsnorm, RMSNorm
+        yield nffn.norm, LayerNorm
+        for linear in (mega.wv, mega.wz, mega.wr, mega.wh1, mega.wh2, nffn.fc1, nffn.fc2, nffn.fc3):
+            yield linear, Linear
+
+    def _step(self, x: Tensor, state: LayerState, position: Tensor) -> Tensor:
+        mega, nffn = self.mega, self.nffn
+        cema = mega.cema
+        y = F.block_step(
+            x[:, 0],
+            state.k_cache,
+            state.v_cache,
+            state.norm,
+            state.h,
+            position,
+            mega.timenorm.weight,
+            mega.timenorm.bias,
+            cema.alpha,
+            cema.delta,
+            cema.theta,
+            cema.gamma,
+            cema.omega,
+            mega.rmsnorm.weight,
+            mega.wv.weight,
+            mega.wv.bias,
+            mega.wz.weight,
+            mega.wz.bias,
+            mega.wr.weight,
+            mega.wr.bias,
+            mega.wh1.weight,
+            mega.wh1.bias,
+            mega.wh2.weight,
+            mega.gamma,
+            mega.beta,
+            nffn.norm.weight,
+            nffn.norm.bias,
+            nffn.fc1.weight,
+            nffn.fc2.weight,
+            None if nffn.fc3 is None else nffn.fc3.weight,
+            nffn.alpha,
+            mega.timenorm.num_groups,
+            mega.num_heads,
+            mega.chunk_size,
+            mega.rope_base,
+            mega.eps,
+        )
+        return y.unsqueeze(1)
+
+
+def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether calling the module would run that class's forward and nothing else."""
+    return module is None or (
+        type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    )

@@ -1,6 +1,7 @@
 """The ops: one module per op, each of which adds itself to the registry when imported."""
 
 from megalodon_ops.ops import (
+    block_step,
     cema,
     cema_kernel,
     chunk_attention,
@@ -14,6 +15,7 @@ from megalodon_ops.ops import (
 )
 
 __all__ = [
+    "block_step",
     "cema",
     "cema_kernel",
     "chunk_attention",

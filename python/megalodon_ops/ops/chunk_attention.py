@@ -101,14 +101,14 @@ OP = registry.add(
         summary="causal softmax attention inside chunks",
         equation="o_i = sum_j softmax_j(q_i . k_j) v_j, j <= i in i's chunk",
         schema=(
-            "(Tensor q, Tensor k, Tensor v, SymInt chunk_size, float dropout_p=0.0, int seed=0,"
+            "(Tensor q, Tensor k, Tensor v, SymInt chunk_size, float dropout_p=0.0, SymInt seed=0,"
             " Tensor? cu_seqlens=None, Tensor? k_cache=None, Tensor? v_cache=None,"
             " Tensor? position=None) -> (Tensor o, Tensor lse)"
         ),
         fake=_fake,
         backward_schema=(
             "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt chunk_size,"
-            " float dropout_p, int seed, Tensor? cu_seqlens, Tensor? k_cache, Tensor? v_cache,"
+            " float dropout_p, SymInt seed, Tensor? cu_seqlens, Tensor? k_cache, Tensor? v_cache,"
             " Tensor? position)"
             " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_cache, Tensor dv_cache)"
         ),

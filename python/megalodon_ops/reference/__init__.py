@@ -4,6 +4,7 @@ Each function has the name, arguments and results of its compiled op, is differe
 and computes in float32, or in float64 when its activations are float64. None of them is fast.
 """
 
+from .block_step import block_step
 from .cema import cema
 from .cema_kernel import cema_kernel
 from .chunk_attention import chunk_attention
@@ -16,6 +17,7 @@ from .silu_mul import silu_mul
 from .timestep_norm import timestep_norm
 
 __all__ = [
+    "block_step",
     "cema",
     "cema_kernel",
     "chunk_attention",
