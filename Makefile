@@ -16,16 +16,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 # Folders too: a file that comes or goes changes its folder's time.
 SOURCES := CMakeLists.txt $(wildcard cpp cpp/* cpp/*/*.h cpp/*/*.cpp cuda cuda/* cuda/*/*.cu cuda/*/*.cuh)
-FORMATTED = $$(git ls-files 'cpp/*.h' 'cpp/*.cpp' 'cuda/*.cu' 'cuda/*.cuh' 'tests/*.c')
+FORMATTED = $$(git ls-files 'cpp/*.h' 'cpp/*.cpp' 'cuda/*.cu' 'cuda/*.cuh' 'cuda/*.h' 'cuda/*.cpp' \
+              'tests/*.c' 'tests/*.cu' 'tests/*.h' 'tests/*.cpp')
+# What runs in the host executor: the tests that hold for every op, and those of each op that has a CUDA kernel.
+SIMT_TESTS = tests/test_ops.py $(wildcard $(patsubst cuda/ops/%.cu,tests/test_%.py,$(wildcard cuda/ops/*.cu)))
+ASAN = detect_leaks=0:allocator_may_return_null=1
+SIMT_PYTEST = $(BIN)/python -m pytest -q $(SIMT_TESTS) $(ARGS)
+SANITIZERS = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)
 
 # cmake and ninja of the environment before any others; no build isolation, so that build/ stays valid.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test bench lint format docs clean
+.PHONY: help setup demo test test-simt bench lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: $(VENV)/.built  ## Make .venv and install the package and the development tools into it (others do it too)
 	@:
@@ -51,6 +57,17 @@ demo: setup  ## Train for three minutes on Python's standard library, compare wi
 
 test: setup  ## Run the tests (ARGS= goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The compiler's flags of each build are in cuda/build.cmake. Races hide: several schedules, on fewer shapes.
+test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor.md; ARGS= as above)
+	$(BIN)/cmake --preset simt -DPython_EXECUTABLE=$(abspath $(BIN))/python > /dev/null
+	$(BIN)/cmake --build --preset simt
+	$(BIN)/python -m pytest -q tests/simt
+	for schedule in forward reverse random:1; do export MEGALODON_SIMT_SCHEDULE=$$schedule; \
+	  MEGALODON_TEST_BACKEND=simt $(SIMT_PYTEST) && \
+	  MEGALODON_TEST_BACKEND=simt_race MEGALODON_EXAMPLES=5 $(SIMT_PYTEST) || exit 1; \
+	done
+	MEGALODON_TEST_BACKEND=simt_asan ASAN_OPTIONS=$(ASAN) LD_PRELOAD="$(SANITIZERS)" $(SIMT_PYTEST)
 
 bench: setup  ## Time every op, or OP=name, against what the machine can do and against torch
 	$(BIN)/megalodon bench $(OP)

@@ -75,6 +75,8 @@ typedef struct {
 
 MEGALODON_API const char* megalodon_last_error(void);
 MEGALODON_API const char* megalodon_version(void);
+/* The CUDA version the GPU kernels were built with, or "" in a build without them. Touches no driver. */
+MEGALODON_API const char* megalodon_cuda_version(void);
 
 /* The instruction set the CPU kernels run: "portable", "avx2" or "avx512". Starts as the best the CPU has.
  * set_isa takes one of them or "auto"; not thread-safe against running kernels. */

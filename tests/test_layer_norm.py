@@ -28,6 +28,16 @@ def test_any_shape(isa: str, lead: list[int], D: int, affine: bool, dtype: torch
     check_gradients(OP, args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [1027, 8200])
+def test_wide_rows(isa: str, D: int, dtype: torch.dtype) -> None:
+    """Wider than the registers of a GPU's block of threads."""
+    make = Maker(dtype)
+    args = (make.activation(35, D), make.stat(D), make.stat(D), 1e-5)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
 def test_empty_rows() -> None:
     assert layer_norm(torch.empty(3, 0)).shape == (3, 0)
 

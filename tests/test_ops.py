@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backend import BACKEND, CUDA_OPS
 from checks import (
     DTYPES,
     as_tuple,
@@ -211,6 +212,14 @@ def test_more_than_there_is_memory_for_is_an_error(op: Op) -> None:
     else:
         args[next(i for i, a in enumerate(args) if is_float(a))] = huge
     with pytest.raises(RuntimeError, match="allocate"):
+        op.overload(*args)
+
+
+@pytest.mark.skipif(not BACKEND, reason="needs CUDA kernels on CPU tensors")
+@pytest.mark.parametrize("op", [o for o in OPS if o.name not in CUDA_OPS], ids=lambda op: op.name)
+def test_an_op_without_a_cuda_kernel_says_so(op: Op) -> None:
+    args = samples(op, torch.float32)[0].args
+    with pytest.raises(NotImplementedError, match=f"^{op.name}: a CUDA kernel is not implemented"):
         op.overload(*args)
 
 

@@ -24,6 +24,13 @@ def test_any_shape(isa: str, shape: list[int], gated: bool, dtype: torch.dtype) 
     check_gradients(OP, args)
 
 
+def test_more_elements_than_threads_of_a_grid(isa: str) -> None:
+    make = Maker(torch.float32)
+    args = (make.activation(541_001), make.activation(541_001))
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_whole_range(isa: str, dtype: torch.dtype) -> None:
     """From where sigmoid is 0 to where it is 1, and what is no number."""

@@ -164,6 +164,7 @@ PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(timestep_norm_backward);
 
   module.def("version", [] { return megalodon_version(); });
+  module.def("cuda_version", [] { return megalodon_cuda_version(); });
   module.def("isa", [] { return megalodon_isa(); });
   module.def("set_isa", [](const char* name) { throw_unless_ok(megalodon_set_isa(name)); });
   module.def("num_threads", [] { return megalodon_num_threads(); });

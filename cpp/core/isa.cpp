@@ -12,7 +12,7 @@ namespace {
 constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 
 Isa best_isa() {
-#if defined(MEGALODON_X86)
+#if defined(MEGALODON_X86) && !defined(MEGALODON_SIMT)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -18,7 +18,7 @@ Isa active_isa() noexcept;
 }  // namespace megalodon
 
 // Declares the kernel megalodon::cpu::NAME(const ARGS&) in every instruction set, and the function that chooses.
-#if defined(MEGALODON_X86)
+#if defined(MEGALODON_X86) && !defined(MEGALODON_SIMT)
 #define MEGALODON_CPU_KERNEL(NAME, ARGS)      \
   namespace megalodon::cpu {                  \
   namespace portable {                        \
@@ -50,3 +50,12 @@ Isa active_isa() noexcept;
   static inline void NAME(const ARGS& args) { return portable::NAME(args); } \
   }
 #endif
+
+// Declares the kernel of an op in both wings: megalodon::cpu::NAME(const ARGS&) and the launcher
+// megalodon::cuda::NAME(const ARGS&, stream). The launcher is weak: where cuda/ops does not define it, or was not
+// built, its address is null.
+#define MEGALODON_KERNEL(NAME, ARGS)                               \
+  MEGALODON_CPU_KERNEL(NAME, ARGS)                                 \
+  namespace megalodon::cuda {                                      \
+  __attribute__((weak)) void NAME(const ARGS& args, void* stream); \
+  }

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define MEGALODON_HOST_DEVICE __host__ __device__
+#else
+#define MEGALODON_HOST_DEVICE
+#endif
+
 namespace megalodon {
 
 using Task = void (*)(int64_t begin, int64_t end, void* context);
@@ -20,19 +26,24 @@ void parallel_for(int64_t count, int64_t grain, Body&& body) {
       &body);
 }
 
-// A range of `count` items cut into at most kMaxParts parts of at least `least` items, by its size alone: partial sums
+// A range of `count` items cut into at most `most` parts of at least `least` items, by its size alone: partial sums
 // over these parts, added in order, are the same numbers whatever the number of threads.
 struct Parts {
-  static constexpr int64_t kMaxParts = 64;
+  static constexpr int64_t kMaxParts = 64;  // unless said otherwise
   int64_t count;
   int64_t parts;
 
-  static constexpr Parts of(int64_t count, int64_t least) {
+  static constexpr Parts of(int64_t count, int64_t least, int64_t most = kMaxParts) {
     const int64_t wanted = (count + least - 1) / least;
-    return {count, wanted < 1 ? 1 : wanted > kMaxParts ? kMaxParts : wanted};
+    return {count, wanted < 1 ? 1 : wanted > most ? most : wanted};
   }
-  constexpr int64_t begin(int64_t part) const { return count * part / parts; }
-  constexpr int64_t end(int64_t part) const { return count * (part + 1) / parts; }
+  // Of the rows of D elements whose parameter gradients are summed. On the GPU a part is what 32 to 256 threads work
+  // on: enough of them to fill it.
+  static constexpr Parts of_rows(int64_t count, int64_t D, bool on_cuda) {
+    return on_cuda ? of(count, 16, D > 1024 ? 512 : 2048) : of(count, 32);
+  }
+  MEGALODON_HOST_DEVICE constexpr int64_t begin(int64_t part) const { return count * part / parts; }
+  MEGALODON_HOST_DEVICE constexpr int64_t end(int64_t part) const { return count * (part + 1) / parts; }
 };
 
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return n <= 0 ? 0 : (n - 1) / d + 1; }

@@ -99,7 +99,7 @@ class Powers {
       const int64_t count = L - t < kPowerTile ? L - t : kPowerTile;
       in(t, count, tile);
       if (count < kPowerTile) std::memset(tile + count, 0, (kPowerTile - count) * sizeof(Vec<A>));
-      live = factors(live, t, [](int64_t, int64_t) { return Complex<Double>{splat(1.0), Double{}}; });
+      live = factors(live, t, [](int64_t, int64_t) { return Complex<Double>{splat(1.0), splat(0.0)}; });
       for (int64_t l = 0; l < live; ++l) analyze_wavelet<kWeighted>(l, t, tile, sums + live_[l] * 4 * W);
     }
   }

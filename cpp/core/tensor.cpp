@@ -284,4 +284,11 @@ void* Outputs::next(Checker& checker, const char* name, DType dtype, const int64
 }  // namespace megalodon
 
 extern "C" const char* megalodon_last_error(void) { return megalodon::last_error.c_str(); }
+extern "C" const char* megalodon_cuda_version(void) {
+#if defined(MEGALODON_CUDA_VERSION)
+  return MEGALODON_CUDA_VERSION;
+#else
+  return "";
+#endif
+}
 extern "C" const char* megalodon_version(void) { return MEGALODON_VERSION; }

@@ -90,6 +90,14 @@ class Checker {
 
   const char* op() const { return op_; }
   DLDevice device() const { return device_; }
+  // Whether the CUDA kernel runs, which may want another workspace.
+  bool on_cuda() const {
+#if defined(MEGALODON_SIMT)
+    return true;
+#else
+    return device_.device_type != kDLCPU;
+#endif
+  }
 
  private:
   friend class Outputs;
@@ -146,12 +154,38 @@ int guarded(Body&& body) {
   }
 }
 
-// Where a checked call runs. `cuda` is the launcher, or nullptr in a build without CUDA.
+#if defined(MEGALODON_WITH_CUDA)
+// Makes the device current on this thread while it lives (cuda/core/device.cu).
+class DeviceGuard {
+ public:
+  DeviceGuard(const Checker& checker, int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_;
+  int device_;
+};
+#endif
+
+// Where a checked call runs: the CPU kernel or the CUDA launcher, which is nullptr where cuda/ops has none. The build
+// for the executor (cuda/simt) runs the CUDA launcher on CPU tensors.
 template <class Args>
-void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), void* /*stream*/) {
-  if (checker.device().device_type == kDLCPU) return cpu(args);
+void run_on(const Checker& checker, const Args& args, void (*cpu)(const Args&), void (*cuda)(const Args&, void* stream),
+            void* stream) {
+  if (!checker.on_cuda()) return cpu(args);
+#if defined(MEGALODON_WITH_CUDA) || defined(MEGALODON_SIMT)
+  if (cuda == nullptr) checker.not_implemented("a CUDA kernel");
+#if defined(MEGALODON_WITH_CUDA)
+  const DeviceGuard guard(checker, checker.device().device_id);
+#endif
+  cuda(args, stream);
+#else
+  (void)cuda, (void)stream;
   throw Error{MEGALODON_RUNTIME_ERROR,
               std::string(checker.op()) + ": the tensors are on a CUDA device, and this build has no CUDA kernels"};
+#endif
 }
 
 }  // namespace megalodon

@@ -147,7 +147,7 @@ extern "C" int megalodon_block_step_forward(
                                              eps},
                                             {y, workspace});
     c.not_negative("position", args.rope.position, args.B);
-    run_on(c, args, cpu::block_step_forward, stream);
+    run_on(c, args, cpu::block_step_forward, cuda::block_step_forward, stream);
   });
 }
 #endif

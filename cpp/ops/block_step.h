@@ -227,4 +227,4 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(block_step_forward, BlockStep)
+MEGALODON_KERNEL(block_step_forward, BlockStep)

@@ -424,7 +424,8 @@ extern "C" int megalodon_cema_forward(const DLTensor* x, const DLTensor* alpha, 
     Checker c("cema");
     const CemaForward args =
         check_cema(c, x, alpha, delta, theta, gamma, omega, h0, cu_seqlens, algorithm, {y, h, workspace});
-    run_on(c, args, args.algorithm == CemaAlgorithm::kFft ? cpu::cema_fft_forward : cpu::cema_forward, stream);
+    run_on(c, args, args.algorithm == CemaAlgorithm::kFft ? cpu::cema_fft_forward : cpu::cema_forward,
+           cuda::cema_forward, stream);
   });
 }
 
@@ -450,7 +451,8 @@ extern "C" int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh, c
     const CemaBackward args =
         check_cema_backward(c, dy, dh, x, alpha, delta, theta, gamma, omega, h0, cu_seqlens, algorithm,
                             {dx, dalpha, ddelta, dtheta, dgamma, domega, dh0, workspace});
-    run_on(c, args, args.algorithm == CemaAlgorithm::kFft ? cpu::cema_fft_backward : cpu::cema_backward, stream);
+    run_on(c, args, args.algorithm == CemaAlgorithm::kFft ? cpu::cema_fft_backward : cpu::cema_backward,
+           cuda::cema_backward, stream);
   });
 }
 #endif

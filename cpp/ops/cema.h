@@ -213,7 +213,7 @@ static inline CemaBackward check_cema_backward(Checker& c, const DLTensor* dy_in
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(cema_forward, CemaForward)
-MEGALODON_CPU_KERNEL(cema_backward, CemaBackward)
+MEGALODON_KERNEL(cema_forward, CemaForward)
+MEGALODON_KERNEL(cema_backward, CemaBackward)
 MEGALODON_CPU_KERNEL(cema_fft_forward, CemaForward)
 MEGALODON_CPU_KERNEL(cema_fft_backward, CemaBackward)

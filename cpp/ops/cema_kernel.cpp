@@ -77,7 +77,7 @@ extern "C" int megalodon_cema_kernel_forward(const DLTensor* alpha, const DLTens
   return guarded([&] {
     Checker c("cema_kernel");
     const CemaKernelForward args = check_cema_kernel(c, alpha, delta, theta, gamma, length, {k, workspace});
-    run_on(c, args, cpu::cema_kernel_forward, stream);
+    run_on(c, args, cpu::cema_kernel_forward, cuda::cema_kernel_forward, stream);
   });
 }
 
@@ -98,7 +98,7 @@ extern "C" int megalodon_cema_kernel_backward(const DLTensor* dk, const DLTensor
     Checker c("cema_kernel_backward");
     const CemaKernelBackward args =
         check_cema_kernel_backward(c, dk, alpha, delta, theta, gamma, {dalpha, ddelta, dtheta, dgamma, workspace});
-    run_on(c, args, cpu::cema_kernel_backward, stream);
+    run_on(c, args, cpu::cema_kernel_backward, cuda::cema_kernel_backward, stream);
   });
 }
 #endif

@@ -87,5 +87,5 @@ static inline CemaKernelBackward check_cema_kernel_backward(Checker& c, const DL
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(cema_kernel_forward, CemaKernelForward)
-MEGALODON_CPU_KERNEL(cema_kernel_backward, CemaKernelBackward)
+MEGALODON_KERNEL(cema_kernel_forward, CemaKernelForward)
+MEGALODON_KERNEL(cema_kernel_backward, CemaKernelBackward)

@@ -146,7 +146,7 @@ extern "C" int megalodon_chunk_attention_forward(const DLTensor* q, const DLTens
     const ChunkAttentionForward args = check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
                                                              k_cache, v_cache, position, {o, lse, workspace});
     c.not_negative("position", args.position, args.B);
-    run_on(c, args, cpu::chunk_attention_forward, stream);
+    run_on(c, args, cpu::chunk_attention_forward, cuda::chunk_attention_forward, stream);
   });
 }
 
@@ -176,7 +176,7 @@ extern "C" int megalodon_chunk_attention_backward(const DLTensor* dout, const DL
         check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache,
                                        v_cache, position, {dq, dk, dv, dk_cache, dv_cache, workspace});
     c.not_negative("position", args.position, args.B);
-    run_on(c, args, cpu::chunk_attention_backward, stream);
+    run_on(c, args, cpu::chunk_attention_backward, cuda::chunk_attention_backward, stream);
   });
 }
 #endif

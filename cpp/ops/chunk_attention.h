@@ -188,5 +188,5 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(chunk_attention_forward, ChunkAttentionForward)
-MEGALODON_CPU_KERNEL(chunk_attention_backward, ChunkAttentionBackward)
+MEGALODON_KERNEL(chunk_attention_forward, ChunkAttentionForward)
+MEGALODON_KERNEL(chunk_attention_backward, ChunkAttentionBackward)

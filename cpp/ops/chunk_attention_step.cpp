@@ -217,7 +217,7 @@ extern "C" int megalodon_chunk_attention_step_forward(const DLTensor* q, const D
     const ChunkAttentionStep args =
         check_chunk_attention_step(c, q, k, v, k_cache, v_cache, position, chunk_size, {o, workspace});
     c.not_negative("position", args.position, args.B);
-    run_on(c, args, cpu::chunk_attention_step_forward, stream);
+    run_on(c, args, cpu::chunk_attention_step_forward, cuda::chunk_attention_step_forward, stream);
   });
 }
 #endif

@@ -70,4 +70,4 @@ static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DL
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(chunk_attention_step_forward, ChunkAttentionStep)
+MEGALODON_KERNEL(chunk_attention_step_forward, ChunkAttentionStep)

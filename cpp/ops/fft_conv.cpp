@@ -136,7 +136,7 @@ extern "C" int megalodon_fft_conv_forward(const DLTensor* x, const DLTensor* k, 
   return guarded([&] {
     Checker c("fft_conv");
     const FftConvForward args = check_fft_conv(c, x, k, {y, workspace});
-    run_on(c, args, cpu::fft_conv_forward, stream);
+    run_on(c, args, cpu::fft_conv_forward, cuda::fft_conv_forward, stream);
   });
 }
 
@@ -153,7 +153,7 @@ extern "C" int megalodon_fft_conv_backward(const DLTensor* dy, const DLTensor* x
   return guarded([&] {
     Checker c("fft_conv_backward");
     const FftConvBackward args = check_fft_conv_backward(c, dy, x, k, {dx, dk, workspace});
-    run_on(c, args, cpu::fft_conv_backward, stream);
+    run_on(c, args, cpu::fft_conv_backward, cuda::fft_conv_backward, stream);
   });
 }
 #endif

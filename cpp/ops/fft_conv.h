@@ -78,5 +78,5 @@ static inline FftConvBackward check_fft_conv_backward(Checker& c, const DLTensor
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(fft_conv_forward, FftConvForward)
-MEGALODON_CPU_KERNEL(fft_conv_backward, FftConvBackward)
+MEGALODON_KERNEL(fft_conv_forward, FftConvForward)
+MEGALODON_KERNEL(fft_conv_backward, FftConvBackward)

@@ -72,7 +72,7 @@ void backward(const LayerNormBackward& args) {
   const int64_t D = args.D;
   const auto* x = static_cast<const T*>(args.x);
   const auto* weight = static_cast<const A*>(args.weight);
-  const Parts parts = args.parts();
+  const Parts parts = args.parts;
   auto* dweight = static_cast<A*>(args.workspace);
   auto* dbias = dweight + parts.parts * D;
 
@@ -145,7 +145,7 @@ extern "C" int megalodon_layer_norm_forward(const DLTensor* x, const DLTensor* w
   return guarded([&] {
     Checker c("layer_norm");
     const LayerNormForward args = check_layer_norm(c, x, weight, bias, eps, {y, mean, rstd});
-    run_on(c, args, cpu::layer_norm_forward, stream);
+    run_on(c, args, cpu::layer_norm_forward, cuda::layer_norm_forward, stream);
   });
 }
 
@@ -165,7 +165,7 @@ extern "C" int megalodon_layer_norm_backward(const DLTensor* dy, const DLTensor*
     Checker c("layer_norm_backward");
     const LayerNormBackward args =
         check_layer_norm_backward(c, dy, x, weight, mean, rstd, {dx, dweight, dbias, workspace});
-    run_on(c, args, cpu::layer_norm_backward, stream);
+    run_on(c, args, cpu::layer_norm_backward, cuda::layer_norm_backward, stream);
   });
 }
 #endif

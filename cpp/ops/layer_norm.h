@@ -35,8 +35,7 @@ struct LayerNormBackward {
   void* dbias;         // [D] stat, nullptr when weight is
   void* workspace;     // [2, parts, D] stat: partial sums of dweight, then of dbias
   int64_t R, D;
-
-  Parts parts() const { return Parts::of(R, 32); }
+  Parts parts;  // of the rows
 };
 
 static inline LayerNormForward check_layer_norm(Checker& c, const DLTensor* x_in, const DLTensor* weight_in,
@@ -84,11 +83,12 @@ static inline LayerNormBackward check_layer_norm_backward(Checker& c, const DLTe
   args.dweight = out.gradient(c, "dweight", weight, stat);
   args.dbias = out.gradient(c, "dbias", weight, stat);
   if (!weight.present) args.dweight = args.dbias = nullptr;
-  args.workspace = out.workspace(c, weight.present ? 2 * args.parts().parts * args.D * size_of(stat) : 0);
+  args.parts = Parts::of_rows(args.R, args.D, c.on_cuda());
+  args.workspace = out.workspace(c, weight.present ? 2 * args.parts.parts * args.D * size_of(stat) : 0);
   return args;
 }
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(layer_norm_forward, LayerNormForward)
-MEGALODON_CPU_KERNEL(layer_norm_backward, LayerNormBackward)
+MEGALODON_KERNEL(layer_norm_forward, LayerNormForward)
+MEGALODON_KERNEL(layer_norm_backward, LayerNormBackward)

@@ -289,7 +289,7 @@ extern "C" int megalodon_qk_norm_rope_forward(const DLTensor* z, const DLTensor*
     const QkNormRopeForward args = check_qk_norm_rope(c, z, gamma, beta, num_heads, chunk_size, rope_base, position,
                                                       eps, cu_seqlens, {q, k, rstd, workspace});
     c.not_negative("position", args.position, args.B);
-    run_on(c, args, cpu::qk_norm_rope_forward, stream);
+    run_on(c, args, cpu::qk_norm_rope_forward, cuda::qk_norm_rope_forward, stream);
   });
 }
 
@@ -317,7 +317,7 @@ extern "C" int megalodon_qk_norm_rope_backward(const DLTensor* dq, const DLTenso
         check_qk_norm_rope_backward(c, dq, dk, z, gamma, beta, rstd, num_heads, chunk_size, rope_base, position, eps,
                                     cu_seqlens, {dz, dgamma, dbeta, workspace});
     c.not_negative("position", args.position, args.B);
-    run_on(c, args, cpu::qk_norm_rope_backward, stream);
+    run_on(c, args, cpu::qk_norm_rope_backward, cuda::qk_norm_rope_backward, stream);
   });
 }
 #endif

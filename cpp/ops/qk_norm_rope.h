@@ -124,5 +124,5 @@ static inline QkNormRopeBackward check_qk_norm_rope_backward(Checker& c, const D
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(qk_norm_rope_forward, QkNormRopeForward)
-MEGALODON_CPU_KERNEL(qk_norm_rope_backward, QkNormRopeBackward)
+MEGALODON_KERNEL(qk_norm_rope_forward, QkNormRopeForward)
+MEGALODON_KERNEL(qk_norm_rope_backward, QkNormRopeBackward)

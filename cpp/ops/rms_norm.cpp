@@ -68,7 +68,7 @@ void backward(const RmsNormBackward& args) {
   const auto* rstd = static_cast<const A*>(args.rstd);
   auto* dx = static_cast<T*>(args.dx);
   auto* partial = static_cast<A*>(args.workspace);
-  const Parts parts = args.parts();
+  const Parts parts = args.parts;
 
   parallel_for(parts.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -129,7 +129,7 @@ extern "C" int megalodon_rms_norm_forward(const DLTensor* x, const DLTensor* wei
   return guarded([&] {
     Checker c("rms_norm");
     const RmsNormForward args = check_rms_norm(c, x, weight, eps, {y, rstd});
-    run_on(c, args, cpu::rms_norm_forward, stream);
+    run_on(c, args, cpu::rms_norm_forward, cuda::rms_norm_forward, stream);
   });
 }
 
@@ -147,7 +147,7 @@ extern "C" int megalodon_rms_norm_backward(const DLTensor* dy, const DLTensor* x
   return guarded([&] {
     Checker c("rms_norm_backward");
     const RmsNormBackward args = check_rms_norm_backward(c, dy, x, weight, rstd, {dx, dweight, workspace});
-    run_on(c, args, cpu::rms_norm_backward, stream);
+    run_on(c, args, cpu::rms_norm_backward, cuda::rms_norm_backward, stream);
   });
 }
 #endif

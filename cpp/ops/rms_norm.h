@@ -30,8 +30,7 @@ struct RmsNormBackward {
   void* dweight;       // [D] stat, nullptr when weight is
   void* workspace;     // [parts, D] stat: partial sums of dweight
   int64_t R, D;
-
-  Parts parts() const { return Parts::of(R, 32); }
+  Parts parts;  // of the rows
 };
 
 static inline RmsNormForward check_rms_norm(Checker& c, const DLTensor* x_in, const DLTensor* weight_in, double eps,
@@ -73,11 +72,12 @@ static inline RmsNormBackward check_rms_norm_backward(Checker& c, const DLTensor
   args.dx = out.like(c, "dx", x);
   args.dweight = out.gradient(c, "dweight", weight, stat);
   if (!weight.present) args.dweight = nullptr;
-  args.workspace = out.workspace(c, weight.present ? args.parts().parts * args.D * size_of(stat) : 0);
+  args.parts = Parts::of_rows(args.R, args.D, c.on_cuda());
+  args.workspace = out.workspace(c, weight.present ? args.parts.parts * args.D * size_of(stat) : 0);
   return args;
 }
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(rms_norm_forward, RmsNormForward)
-MEGALODON_CPU_KERNEL(rms_norm_backward, RmsNormBackward)
+MEGALODON_KERNEL(rms_norm_forward, RmsNormForward)
+MEGALODON_KERNEL(rms_norm_backward, RmsNormBackward)

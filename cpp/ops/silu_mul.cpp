@@ -83,7 +83,7 @@ extern "C" int megalodon_silu_mul_forward(const DLTensor* a, const DLTensor* b, 
   return guarded([&] {
     Checker c("silu_mul");
     const SiluMulForward args = check_silu_mul(c, a, b, {y});
-    run_on(c, args, cpu::silu_mul_forward, stream);
+    run_on(c, args, cpu::silu_mul_forward, cuda::silu_mul_forward, stream);
   });
 }
 
@@ -100,7 +100,7 @@ extern "C" int megalodon_silu_mul_backward(const DLTensor* dy, const DLTensor* a
   return guarded([&] {
     Checker c("silu_mul_backward");
     const SiluMulBackward args = check_silu_mul_backward(c, dy, a, b, {da, db});
-    run_on(c, args, cpu::silu_mul_backward, stream);
+    run_on(c, args, cpu::silu_mul_backward, cuda::silu_mul_backward, stream);
   });
 }
 #endif

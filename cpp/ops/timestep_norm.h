@@ -194,5 +194,5 @@ static inline TimestepNormBackward check_timestep_norm_backward(
 
 }  // namespace megalodon
 
-MEGALODON_CPU_KERNEL(timestep_norm_forward, TimestepNormForward)
-MEGALODON_CPU_KERNEL(timestep_norm_backward, TimestepNormBackward)
+MEGALODON_KERNEL(timestep_norm_forward, TimestepNormForward)
+MEGALODON_KERNEL(timestep_norm_backward, TimestepNormBackward)

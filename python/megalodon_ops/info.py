@@ -23,7 +23,7 @@ def build_facts() -> dict[str, str]:
     """The instruction set in use and whether CUDA kernels were built, as the kernels say."""
     from megalodon_ops import _C
 
-    cuda = getattr(_C, "cuda_version", lambda: "")()
+    cuda = _C.cuda_version()
     return {
         "kernels": _C.version(),
         "instruction set": _C.isa(),

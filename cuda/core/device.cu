@@ -1,0 +1,29 @@
+// The current device of the calling thread, and CUDA's errors as ours.
+#include "core/portable.cuh"
+
+namespace megalodon {
+namespace cuda {
+
+void throw_cuda_error(const char* where, cudaError_t status) {
+  std::string text = std::string(where) + ": CUDA: " + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+      status == cudaErrorUnsupportedPtxVersion) {
+    text += "; this build has kernels for the architectures " MEGALODON_CUDA_ARCHITECTURES
+            ": rebuild with -DCMAKE_CUDA_ARCHITECTURES set to yours (8.0 or later), or update the driver";
+  }
+  throw Error{MEGALODON_RUNTIME_ERROR, text};
+}
+
+}  // namespace cuda
+
+DeviceGuard::DeviceGuard(const Checker& checker, int device) : before_(device), device_(device) {
+  cudaError_t status = cudaGetDevice(&before_);
+  if (status == cudaSuccess && before_ != device_) status = cudaSetDevice(device_);
+  if (status != cudaSuccess) cuda::throw_cuda_error(checker.op(), status);
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (before_ != device_) cudaSetDevice(before_);
+}
+
+}  // namespace megalodon

@@ -1,0 +1,50 @@
+// Groups of V neighbouring elements, moved by 16-byte accesses where they fill them.
+#pragma once
+
+#include "core/portable.cuh"
+
+namespace megalodon::cuda {
+
+// Elements of T in one 16-byte access.
+template <class T>
+constexpr int kPackOf = 16 / static_cast<int>(sizeof(T));
+
+template <class T, int V>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {
+  T v[V];
+};
+
+// A row may be walked in packs where its length and all the addresses allow it; nullptr allows everything.
+template <class T, class... Pointers>
+bool can_pack(int64_t D, Pointers... pointers) {
+  const uintptr_t addresses = (reinterpret_cast<uintptr_t>(pointers) | ... | uintptr_t{0});
+  return D % kPackOf<T> == 0 && addresses % 16 == 0;
+}
+
+template <int V, class T>
+DEVICE Pack<T, V> load(const T* from) {
+  if constexpr (V * sizeof(T) % 16 == 0) {
+    Pack<T, V> pack;
+    UNROLL
+    for (int i = 0; i < static_cast<int>(V * sizeof(T)) / 16; ++i) {
+      reinterpret_cast<uint4*>(pack.v)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+    return pack;
+  } else {
+    return *reinterpret_cast<const Pack<T, V>*>(from);
+  }
+}
+
+template <int V, class T>
+DEVICE void store(T* to, const Pack<T, V>& pack) {
+  if constexpr (V * sizeof(T) % 16 == 0) {
+    UNROLL
+    for (int i = 0; i < static_cast<int>(V * sizeof(T)) / 16; ++i) {
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(pack.v)[i];
+    }
+  } else {
+    *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  }
+}
+
+}  // namespace megalodon::cuda

@@ -1,0 +1,134 @@
+// What the parts of the executor share. Nothing here is seen by kernels.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "simt/fiber.h"
+#include "simt/simt.h"
+
+namespace megalodon::simt {
+
+constexpr uint32_t kResidentBlocks = 4;         // in flight at a time, so that blocks can wait for each other
+constexpr uint32_t kMaxThreads = 1024;          // per block
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // per block, of an H100
+constexpr size_t kArenaBytes = 256 * 1024;      // with room for the red zones
+constexpr size_t kRedZoneBytes = 64;
+constexpr uint64_t kMaxIdleSpins = 1000 * 1000;  // spins without any progress: a livelock
+
+// What is known to have happened before: accesses of a block, warp or thread (the key) with a smaller number than the
+// value. See race.cpp.
+using Knowledge = std::unordered_map<uint64_t, uint32_t>;
+
+struct AsyncCopy {
+  char* shared;
+  const char* global;
+  int bytes;
+  int source_bytes;
+};
+
+struct Block;
+struct Warp;
+
+enum class State : uint8_t { kReady, kAtBarrier, kAtWarpOp, kDone };
+
+struct Thread {
+  Fiber fiber;
+  uint3 index;
+  uint32_t linear;
+  uint32_t lane;
+  Block* block;
+  Warp* warp;
+  State state;
+  bool spun;  // gave up its turn in a spin loop
+  Site site;  // of the barrier or warp operation it waits at
+  // The warp operation.
+  uint32_t mask;
+  WarpOp op;
+  void* operand;
+  Combine combine;
+  // Asynchronous copies, oldest group first; the last group is not committed yet.
+  std::vector<std::vector<AsyncCopy>> copies;
+  // Race detector.
+  uint32_t clock;
+  Knowledge known, pending, released;
+};
+
+struct Warp {
+  uint32_t index;
+  uint32_t live;
+  Thread* lanes[32];
+  uint32_t epoch;
+  Knowledge known;
+};
+
+struct Block {
+  uint3 index;
+  uint32_t number;  // unique within the launch
+  bool active = false;
+  uint32_t live;     // threads that have not exited
+  uint32_t waiting;  // threads at the barrier
+  Site barrier;      // where they wait
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  char* arena = nullptr;  // shared memory
+  size_t arena_used;
+  char* dynamic_shared;
+  std::vector<std::pair<const void*, char*>> variables;
+  uint32_t epoch;  // barriers passed
+  Knowledge known;
+};
+
+enum class Order { kForward, kReverse, kRandom, kLockstep };
+
+struct Executor {
+  const Launch* launch = nullptr;
+  const std::function<void()>* body = nullptr;
+  Thread* current = nullptr;
+  std::vector<std::unique_ptr<Block>> slots;
+  char* stacks = nullptr;  // of all threads of all slots
+  size_t stack_bytes = 0;
+  char* arenas = nullptr;  // shared memory of all slots
+  Order order = Order::kForward;
+  uint64_t random_state = 1;
+  uint64_t idle_spins = 0;
+  std::string error;
+
+  uint32_t random() {  // xorshift64
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return static_cast<uint32_t>(random_state >> 32);
+  }
+  bool on_stacks(const void* address) const {
+    const auto* p = static_cast<const char*>(address);
+    return p >= stacks && p < stacks + kResidentBlocks * kMaxThreads * stack_bytes;
+  }
+  bool in_arenas(const void* address) const {
+    const auto* p = static_cast<const char*>(address);
+    return p >= arenas && p < arenas + kResidentBlocks * kArenaBytes;
+  }
+};
+extern Executor executor;
+
+// Gives up the processor until the scheduler comes back.
+void yield();
+std::string describe(const Thread& thread);
+
+// Shared memory (memory.cpp).
+void reset_shared(Block& block);
+void release_shared();
+bool has_copies_in_flight(const Thread& thread);
+
+// The race detector (race.cpp); all of it is empty in the other builds.
+void race_begin_launch();
+void race_begin_thread(Thread& thread);
+void race_barrier(Block& block);
+void race_warp_sync(Warp& warp, uint32_t mask);
+void race_read(const void* address, size_t bytes);
+void race_write(const void* address, size_t bytes);
+
+}  // namespace megalodon::simt

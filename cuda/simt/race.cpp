@@ -1,0 +1,273 @@
+// The race detector of the race build.
+//
+// In that build the kernels are compiled with -fsanitize=thread, which makes the compiler call __tsan_read4(address)
+// and the like before every access; here are those functions, instead of libtsan's. For every two bytes of memory the
+// shadow keeps the last write and the last read. Two accesses of different threads, at least one a write, are a race
+// unless one is known to have happened before the other:
+//   - in one block, a barrier lies between (block epoch), or in one warp a warp barrier (warp epoch);
+//   - or the later thread has learnt of the earlier access: a fence takes down what the thread knows (all accesses
+//     before the block's last barrier and the warp's last warp barrier, its own, and what it has learnt itself), a
+//     following atomic write publishes that, an atomic read of the same address followed by a fence takes it over, and
+//     barriers spread it. Release stores and acquire loads contain their fence.
+// Both fences are asked for, as the CUDA memory model does. Only the last read is kept, so that a write after reads by
+// several blocks may go unreported; nothing is reported that is ordered.
+#include "simt/executor.h"
+
+#if defined(MEGALODON_SIMT_RACE)
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+namespace megalodon::simt {
+namespace {
+
+constexpr uint16_t kSeveral = 0xffff;  // threads or warps
+constexpr uintptr_t kPageBytes = 4096;
+constexpr uintptr_t kCellBytes = 2;
+
+struct Access {
+  uint32_t epoch = 0;  // of the block; 0: none yet
+  uint32_t block;
+  uint32_t warp_epoch;
+  uint32_t clock;  // of the thread
+  uint16_t thread, warp;
+  bool atomic;
+  const void* code;
+};
+
+struct Cell {
+  Access write, read;
+};
+
+std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> shadow;
+std::unordered_map<const void*, Knowledge> published;  // by the atomics on this address
+
+enum Level : uint64_t { kBlock, kWarp, kThread };
+
+uint64_t key_of(Level level, uint32_t block, uint32_t index) {
+  return static_cast<uint64_t>(level) << 48 | static_cast<uint64_t>(block) << 16 | index;
+}
+
+void learn(Knowledge& into, const Knowledge& from) {
+  for (const auto& [key, value] : from) {
+    uint32_t& known = into[key];
+    known = std::max(known, value);
+  }
+}
+
+bool knows(const Thread& thread, uint64_t key, uint32_t number) {
+  const Knowledge* const all[] = {&thread.known, &thread.warp->known, &thread.block->known};
+  for (const Knowledge* known : all) {
+    const auto found = known->find(key);
+    if (found != known->end() && found->second > number) return true;
+  }
+  return false;
+}
+
+bool ordered(const Access& earlier, const Thread& thread) {
+  const Block& block = *thread.block;
+  if (earlier.block == block.number) {
+    if (earlier.epoch < block.epoch || earlier.thread == thread.linear) return true;
+    if (earlier.warp == thread.warp->index && earlier.warp_epoch < thread.warp->epoch) return true;
+  }
+  if (knows(thread, key_of(kBlock, earlier.block, 0), earlier.epoch)) return true;
+  if (earlier.warp == kSeveral) return false;
+  if (knows(thread, key_of(kWarp, earlier.block, earlier.warp), earlier.warp_epoch)) return true;
+  return earlier.thread != kSeveral && knows(thread, key_of(kThread, earlier.block, earlier.thread), earlier.clock);
+}
+
+Access access_of(const Thread& thread, bool atomic, const void* code) {
+  return {thread.block->epoch,
+          thread.block->number,
+          thread.warp->epoch,
+          thread.clock,
+          static_cast<uint16_t>(thread.linear),
+          static_cast<uint16_t>(thread.warp->index),
+          atomic,
+          code};
+}
+
+Cell* cell_of(uintptr_t address) {
+  static uintptr_t last_number = 0;
+  static Cell* last_page = nullptr;
+  const uintptr_t number = address / kPageBytes;
+  if (last_page == nullptr || number != last_number || shadow.empty()) {
+    auto& page = shadow[number];
+    if (page == nullptr) page = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
+    last_number = number;
+    last_page = page.get();
+  }
+  return last_page + address % kPageBytes / kCellBytes;
+}
+
+// "FILE 0xOFFSET", as `addr2line -e` takes them.
+std::string place_of(const void* code) {
+  Dl_info info{};
+  if (dladdr(code, &info) == 0) return "an unknown place";
+  char offset[32];
+  std::snprintf(offset, sizeof offset, " %#zx",
+                static_cast<size_t>(static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase)) - 1);
+  return info.dli_fname + std::string(offset);
+}
+
+void check(const Access& earlier, const char* what, const Access& now, const char* how, const void* address,
+           const Thread& thread) {
+  if (earlier.epoch == 0 || (earlier.atomic && now.atomic) || ordered(earlier, thread)) return;
+  const char* where = executor.in_arenas(address) ? "shared" : "global";
+  const std::string who = earlier.thread == kSeveral ? "several threads" : "thread " + std::to_string(earlier.thread);
+  fail("RACE: %s of %s memory %p, after an unordered %s by %s of block %u (code at %s and %s)", how, where, address,
+       what, who.c_str(), earlier.block, place_of(now.code).c_str(), place_of(earlier.code).c_str());
+}
+
+void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
+  Thread* thread = executor.current;
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const auto own = reinterpret_cast<uintptr_t>(&builtins);
+  if (thread == nullptr || executor.on_stacks(pointer) || (address >= own && address < own + sizeof builtins)) return;
+  const Access now = access_of(*thread, atomic, code);
+  const Block& block = *thread->block;
+  const bool shared = executor.in_arenas(pointer);
+  if (shared && (pointer < block.arena || pointer >= block.arena + kArenaBytes)) {
+    fail("access to the shared memory of another block");
+  }
+  if (bytes < kCellBytes) return;  // the other byte of the cell may rightly be another thread's
+  for (size_t i = 0; i < bytes; i += kCellBytes) {
+    Cell& cell = *cell_of(address + i);
+    const auto* at = static_cast<const char*>(pointer) + i;
+    if (shared) {  // what an earlier block left in this arena does not count
+      if (cell.write.block != block.number) cell.write.epoch = 0;
+      if (cell.read.block != block.number) cell.read.epoch = 0;
+      if (!writes && cell.write.epoch == 0) fail("read of shared memory that nobody has written");
+    }
+    check(cell.write, "write", now, writes ? "write" : "read", at, *thread);
+    if (writes) {
+      check(cell.read, "read", now, "write", at, *thread);
+      cell.write = now;
+      cell.read.epoch = 0;
+    } else {
+      const bool joins = cell.read.epoch == now.epoch && cell.read.block == now.block;
+      const Access before = cell.read;
+      cell.read = now;
+      if (joins && before.thread != now.thread) cell.read.thread = kSeveral;
+      if (joins && before.warp != now.warp) cell.read.warp = kSeveral;
+    }
+  }
+}
+
+// Random preemption: an access is where real threads would drift apart.
+void access(const void* address, size_t bytes, bool writes, const void* code) {
+  note(address, bytes, writes, false, code);
+  if (executor.current != nullptr && executor.order == Order::kRandom && executor.random() % 64 == 0) yield();
+}
+
+}  // namespace
+
+void race_begin_launch() {
+  shadow.clear();
+  published.clear();
+}
+
+void race_begin_thread(Thread& thread) {
+  thread.clock = 1;
+  thread.known.clear();
+  thread.pending.clear();
+  thread.released.clear();
+}
+
+void race_barrier(Block& block) {
+  ++block.epoch;
+  for (Warp& warp : block.warps) {
+    learn(block.known, warp.known);
+    warp.known.clear();
+  }
+  for (Thread& thread : block.threads) {
+    learn(block.known, thread.known);
+    thread.known.clear();
+  }
+}
+
+void race_warp_sync(Warp& warp, uint32_t mask) {
+  ++warp.epoch;
+  for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
+    Thread& thread = *warp.lanes[__builtin_ctz(lanes)];
+    learn(warp.known, thread.known);
+    thread.known.clear();
+  }
+}
+
+void race_read(const void* address, size_t bytes) { note(address, bytes, false, false, __builtin_return_address(0)); }
+void race_write(const void* address, size_t bytes) { note(address, bytes, true, false, __builtin_return_address(0)); }
+
+void on_fence() {
+  Thread& thread = *executor.current;
+  learn(thread.known, thread.pending);
+  thread.pending.clear();
+  thread.released.clear();
+  learn(thread.released, thread.known);
+  learn(thread.released, thread.warp->known);
+  learn(thread.released, thread.block->known);
+  const uint32_t block = thread.block->number;
+  thread.released[key_of(kBlock, block, 0)] = thread.block->epoch;
+  thread.released[key_of(kWarp, block, thread.warp->index)] = thread.warp->epoch;
+  thread.released[key_of(kThread, block, thread.linear)] = ++thread.clock;
+}
+
+void on_atomic(const void* address, int bytes, bool reads, bool writes, bool acquire, bool release) {
+  Thread& thread = *executor.current;
+  if (release) on_fence();
+  if (reads) learn(thread.pending, published[address]);
+  note(address, bytes, writes, true, __builtin_return_address(0));
+  if (writes) {
+    if (!reads) published[address].clear();  // a plain atomic store ends what was published before
+    learn(published[address], thread.released);
+    executor.idle_spins = 0;
+  }
+  if (acquire) on_fence();
+}
+
+}  // namespace megalodon::simt
+
+// ---- what the compiler calls ----------------------------------------------------------------------------------------
+
+#define MEGALODON_TRACE(size)                                                                               \
+  void __tsan_read##size(void* p) { megalodon::simt::access(p, size, false, __builtin_return_address(0)); } \
+  void __tsan_write##size(void* p) { megalodon::simt::access(p, size, true, __builtin_return_address(0)); } \
+  void __tsan_unaligned_read##size(void* p) { __tsan_read##size(p); }                                       \
+  void __tsan_unaligned_write##size(void* p) { __tsan_write##size(p); }
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+MEGALODON_TRACE(1)
+MEGALODON_TRACE(2)
+MEGALODON_TRACE(4)
+MEGALODON_TRACE(8)
+MEGALODON_TRACE(16)
+void __tsan_read_range(void* p, size_t bytes) { megalodon::simt::access(p, bytes, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t bytes) { megalodon::simt::access(p, bytes, true, __builtin_return_address(0)); }
+}
+
+#else
+
+namespace megalodon::simt {
+
+void race_begin_launch() {}
+void race_begin_thread(Thread&) {}
+void race_barrier(Block&) {}
+void race_warp_sync(Warp&, uint32_t) {}
+void race_read(const void*, size_t) {}
+void race_write(const void*, size_t) {}
+void on_fence() {}
+void on_atomic(const void*, int, bool, bool writes, bool, bool) {
+  if (writes) executor.idle_spins = 0;
+}
+
+}  // namespace megalodon::simt
+
+#endif

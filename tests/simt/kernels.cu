@@ -1,0 +1,228 @@
+// Small kernels of the kinds the library has, each right and with mistakes seeded: what the executor must pass, and
+// what it must catch.
+#include <stdexcept>
+
+#include "core/portable.cuh"
+#include "kernels.h"
+
+namespace megalodon::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+
+DEVICE float warp_sum(float value) {
+  for (int bits = 16; bits > 0; bits /= 2) value += shuffle_xor(value, bits);
+  return value;
+}
+
+// ---- the sum of every row: warp sums meet in shared memory ----------------------------------------------------------
+
+template <Bug kBug>
+__global__ void row_sum_kernel(const float* x, float* sums, float* scaled, int columns) {
+  SHARED(float, partial, [kWarps]);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = lane_index();
+  const float* row = x + static_cast<int64_t>(blockIdx.x) * columns;
+  const int end = kBug == Bug::kMissingMask ? (columns + kThreads - 1) / kThreads * kThreads : columns;
+  float value = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < end; i += kThreads) value += row[i];
+  value = warp_sum(value);
+  if (lane == 0) partial[kBug == Bug::kSharedOutOfBounds ? warp + 1 : warp] = value;
+  if (kBug == Bug::kDivergentBarrier && warp == 0) {
+    sync_block();
+  } else if (kBug != Bug::kMissingBarrier) {
+    sync_block();
+  }
+  value = lane < kWarps ? partial[lane] : 0.0f;
+  if (kBug == Bug::kDivergentShuffle) {
+    if (lane < 16) value = warp_sum(value);
+  } else {
+    value = warp_sum(value);
+  }
+  if (threadIdx.x == 0) sums[blockIdx.x] = value;
+  for (int i = static_cast<int>(threadIdx.x); i < columns; i += kThreads) {
+    const int64_t row_bytes = kBug == Bug::kOverlappingOutputs ? columns - 1 : columns;
+    scaled[blockIdx.x * row_bytes + i] = row[i] * value;
+  }
+}
+
+// ---- inclusive scan in one pass: blocks look back at the sums their predecessors have published ---------------------
+
+constexpr uint64_t kAggregate = uint64_t{1} << 62;
+constexpr uint64_t kPrefix = uint64_t{2} << 62;
+
+template <Bug kBug>
+__global__ void scan_kernel(const uint32_t* x, uint32_t* y, uint64_t* states, uint32_t* ticket, int length) {
+  SHARED(int, shared_tile);
+  SHARED(uint32_t, sums, [kWarps]);
+  SHARED(uint32_t, before);
+  // Blocks start in any order: a tile is taken when a block runs, so that its predecessors are running, too.
+  if (threadIdx.x == 0) {
+    shared_tile = static_cast<int>(kBug == Bug::kBlockOrder ? blockIdx.x : atomic_add(ticket, 1));
+  }
+  sync_block();
+  const int tile = shared_tile;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = lane_index();
+  const int i = tile * kThreads + static_cast<int>(threadIdx.x);
+  const uint32_t value = i < length ? x[i] : 0;
+  uint32_t scan = value;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t lower = shuffle_up(scan, distance);
+    if (lane >= distance) scan += lower;
+  }
+  if (lane == 31) sums[warp] = scan;
+  sync_block();
+  uint32_t total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) scan += sums[w];
+    total += sums[w];
+  }
+  if (warp == 0) {
+    if (lane == 0) store_release(&states[tile], (tile == 0 ? kPrefix : kAggregate) | total);
+    uint32_t prefix = 0;
+    for (int last = tile - 1; last >= 0; last -= 32) {
+      uint64_t state;
+      do {
+        state = last >= lane ? load_acquire(&states[last - lane]) : kPrefix;
+      } while (ballot(state >> 62 == 0) != 0);
+      const unsigned complete = ballot(state >> 62 == 2);
+      int nearest = 0;
+      while (nearest < 32 && (complete >> nearest & 1) == 0) ++nearest;
+      uint32_t part = lane <= nearest ? static_cast<uint32_t>(state) : 0;
+      for (int bits = 16; bits > 0; bits /= 2) part += shuffle_xor(part, bits);
+      prefix += part;
+      if (complete != 0) break;
+    }
+    if (lane == 0) {
+      if (tile > 0) store_release(&states[tile], kPrefix | (prefix + total));
+      before = prefix;
+    }
+  }
+  if (kBug != Bug::kMissingBarrier) sync_block();
+  if (i < length) y[i] = before + scan;
+}
+
+// ---- two-stage pipeline of asynchronous copies ----------------------------------------------------------------------
+
+template <Bug kBug>
+__global__ void pipeline_kernel(const float* x, float* y, int tiles) {
+  SHARED(float, stage, [2][kThreads * 4]);
+  const int t = static_cast<int>(threadIdx.x);
+  const auto fetch = [&](int tile) {
+    async_copy16(&stage[tile % 2][t * 4], x + static_cast<int64_t>(tile) * kThreads * 4 + t * 4);
+    async_commit();
+  };
+  fetch(0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile + 1 < tiles) {
+      fetch(tile + 1);
+      async_wait<1>();
+    } else if (kBug != Bug::kMissingAsyncWait) {
+      async_wait<0>();
+    }
+    sync_block();  // the neighbour's copy has landed
+    const int other = kThreads * 4 - 1 - t * 4;
+    for (int k = 0; k < 4; ++k) y[static_cast<int64_t>(tile) * kThreads * 4 + t * 4 + k] = stage[tile % 2][other - k];
+    if (kBug != Bug::kMissingBarrier) sync_block();  // the stage may be overwritten
+  }
+}
+
+// ---- a warp reverses its values through shared memory ---------------------------------------------------------------
+
+template <Bug kBug>
+__global__ void reverse_kernel(const float* x, float* y) {
+  SHARED(float, values, [kThreads]);
+  const int t = static_cast<int>(threadIdx.x);
+  values[t] = x[t];
+  if (kBug != Bug::kMissingSyncWarp) sync_warp();
+  y[t] = values[t ^ 31];
+}
+
+// ---- the last block to finish adds up what all blocks have left -----------------------------------------------------
+
+template <Bug kBug>
+__global__ void last_block_kernel(const float* x, float* partial, uint32_t* done, float* sum) {
+  SHARED(bool, is_last);
+  const float value = warp_sum(x[blockIdx.x * 32 + threadIdx.x]);
+  if (threadIdx.x == 0) {
+    partial[blockIdx.x] = value;
+    if (kBug != Bug::kMissingFence) fence();
+    is_last = atomic_add(done, 1) == gridDim.x - 1;
+    fence();
+  }
+  sync_block();
+  if (!is_last || threadIdx.x != 0) return;
+  float total = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) total += partial[block];
+  *sum = total;
+}
+
+// ---- waits that never end -------------------------------------------------------------------------------------------
+
+__global__ void deadlock_kernel(float* y) {
+  float value = 1;
+  if (threadIdx.x < 16) {
+    value = shuffle(value, 0);
+  } else {
+    sync_block();
+  }
+  y[threadIdx.x] = value;
+}
+
+__global__ void exits_early_kernel(const float* x, float* y, int length) {
+  if (static_cast<int>(threadIdx.x) < length) y[threadIdx.x] = x[threadIdx.x];
+  if (threadIdx.x >= 40) return;  // barriers wait for the threads that are still there
+  sync_block();
+}
+
+__global__ void wrong_mask_kernel(const float* x, float* y) {
+  y[threadIdx.x] = shuffle(x[threadIdx.x], 0, 0x0000ffffu);
+}
+
+}  // namespace
+
+template <Bug... kBugs, class Choose>
+static void with_bug(Bug bug, Choose&& choose) {
+  bool found = ((bug == kBugs && (choose(std::integral_constant<Bug, kBugs>{}), true)) || ...);
+  if (!found) throw std::runtime_error("this kernel has no such mistake");
+}
+
+void row_sum(Bug bug, const float* x, float* sums, float* scaled, int rows, int columns) {
+  with_bug<Bug::kNone, Bug::kMissingMask, Bug::kSharedOutOfBounds, Bug::kDivergentBarrier, Bug::kMissingBarrier,
+           Bug::kDivergentShuffle, Bug::kOverlappingOutputs>(bug, [&](auto kBug) {
+    launch({"row_sum", dim3(rows), dim3(kThreads)}, row_sum_kernel<kBug()>, x, sums, scaled, columns);
+  });
+}
+
+void scan(Bug bug, const uint32_t* x, uint32_t* y, uint64_t* states, uint32_t* ticket, int length) {
+  with_bug<Bug::kNone, Bug::kBlockOrder, Bug::kMissingBarrier>(bug, [&](auto kBug) {
+    launch({"scan", dim3((length + kThreads - 1) / kThreads), dim3(kThreads)}, scan_kernel<kBug()>, x, y, states,
+           ticket, length);
+  });
+}
+
+void pipeline(Bug bug, const float* x, float* y, int tiles) {
+  with_bug<Bug::kNone, Bug::kMissingAsyncWait, Bug::kMissingBarrier>(
+      bug, [&](auto kBug) { launch({"pipeline", dim3(1), dim3(kThreads)}, pipeline_kernel<kBug()>, x, y, tiles); });
+}
+
+void reverse(Bug bug, const float* x, float* y) {
+  with_bug<Bug::kNone, Bug::kMissingSyncWarp>(
+      bug, [&](auto kBug) { launch({"reverse", dim3(1), dim3(kThreads)}, reverse_kernel<kBug()>, x, y); });
+}
+
+void last_block(Bug bug, const float* x, float* partial, uint32_t* done, float* sum, int blocks) {
+  with_bug<Bug::kNone, Bug::kMissingFence>(bug, [&](auto kBug) {
+    launch({"last_block", dim3(blocks), dim3(32)}, last_block_kernel<kBug()>, x, partial, done, sum);
+  });
+}
+
+void waits(Bug bug, const float* x, float* y) {
+  if (bug == Bug::kDeadlock) return launch({"deadlock", dim3(1), dim3(32)}, deadlock_kernel, y);
+  if (bug == Bug::kWrongMask) return launch({"wrong_mask", dim3(1), dim3(32)}, wrong_mask_kernel, x, y);
+  launch({"exits_early", dim3(1), dim3(64)}, exits_early_kernel, x, y, 64);
+}
+
+}  // namespace megalodon::cuda

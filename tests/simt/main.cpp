@@ -1,0 +1,130 @@
+// simt_tests KERNEL BUG SCHEDULE...: runs one kernel of kernels.cu under each schedule and prints a line for each,
+// "correct", "wrong" (the numbers) or what the executor reported. tests/simt/test_simt.py reads them.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+using megalodon::cuda::Bug;
+
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+std::vector<float> numbers(int count) {  // small integers: every sum is exact in any order
+  std::vector<float> values(count);
+  for (int i = 0; i < count; ++i) values[i] = static_cast<float>((i * 7 + i / 5) % 11 - 5);
+  return values;
+}
+
+bool row_sum(Bug bug) {
+  const int rows = 9, columns = 300;
+  const std::vector<float> x = numbers(rows * columns);
+  std::vector<float> sums(rows, kNan), scaled(rows * columns, kNan);
+  megalodon::cuda::row_sum(bug, x.data(), sums.data(), scaled.data(), rows, columns);
+  bool right = true;
+  for (int r = 0; r < rows; ++r) {
+    float sum = 0;
+    for (int i = 0; i < columns; ++i) sum += x[r * columns + i];
+    right &= sums[r] == sum;
+    for (int i = 0; i < columns; ++i) right &= scaled[r * columns + i] == x[r * columns + i] * sum;
+  }
+  return right;
+}
+
+bool scan(Bug bug) {
+  const int length = 2500, tiles = (length + 127) / 128;
+  std::vector<uint32_t> x(length), y(length, ~0u);
+  for (int i = 0; i < length; ++i) x[i] = static_cast<uint32_t>(i * 37 % 101);
+  std::vector<uint64_t> states(tiles);
+  uint32_t ticket = 0;
+  megalodon::cuda::scan(bug, x.data(), y.data(), states.data(), &ticket, length);
+  bool right = true;
+  uint32_t sum = 0;
+  for (int i = 0; i < length; ++i) right &= y[i] == (sum += x[i]);
+  return right;
+}
+
+bool pipeline(Bug bug) {
+  const int tile = 512, tiles = 5;
+  std::vector<float> storage = numbers(tile * tiles + 4), y(tile * tiles, kNan);
+  const auto offset = (16 - reinterpret_cast<uintptr_t>(storage.data()) % 16) % 16 / sizeof(float);
+  const float* x = storage.data() + offset;
+  megalodon::cuda::pipeline(bug, x, y.data(), tiles);
+  bool right = true;
+  for (int i = 0; i < tile * tiles; ++i) right &= y[i] == x[i / tile * tile + tile - 1 - i % tile];
+  return right;
+}
+
+bool reverse(Bug bug) {
+  const std::vector<float> x = numbers(128);
+  std::vector<float> y(128, kNan);
+  megalodon::cuda::reverse(bug, x.data(), y.data());
+  bool right = true;
+  for (int i = 0; i < 128; ++i) right &= y[i] == x[i ^ 31];
+  return right;
+}
+
+bool last_block(Bug bug) {
+  const int blocks = 12;
+  const std::vector<float> x = numbers(blocks * 32);
+  std::vector<float> partial(blocks, kNan);
+  uint32_t done = 0;
+  float sum = kNan, wanted = 0;
+  megalodon::cuda::last_block(bug, x.data(), partial.data(), &done, &sum, blocks);
+  for (const float value : x) wanted += value;
+  return sum == wanted;
+}
+
+bool waits(Bug bug) {
+  const std::vector<float> x = numbers(64);
+  std::vector<float> y(64, kNan);
+  megalodon::cuda::waits(bug, x.data(), y.data());
+  return y == x;
+}
+
+const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", row_sum},       {"scan", scan},
+                                                                  {"pipeline", pipeline},     {"reverse", reverse},
+                                                                  {"last_block", last_block}, {"waits", waits}};
+
+const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
+                                          {"missing_mask", Bug::kMissingMask},
+                                          {"shared_out_of_bounds", Bug::kSharedOutOfBounds},
+                                          {"missing_barrier", Bug::kMissingBarrier},
+                                          {"divergent_barrier", Bug::kDivergentBarrier},
+                                          {"divergent_shuffle", Bug::kDivergentShuffle},
+                                          {"overlapping_outputs", Bug::kOverlappingOutputs},
+                                          {"block_order", Bug::kBlockOrder},
+                                          {"missing_async_wait", Bug::kMissingAsyncWait},
+                                          {"missing_sync_warp", Bug::kMissingSyncWarp},
+                                          {"missing_fence", Bug::kMissingFence},
+                                          {"deadlock", Bug::kDeadlock},
+                                          {"wrong_mask", Bug::kWrongMask}};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 4) return std::fprintf(stderr, "usage: %s KERNEL BUG SCHEDULE...\n", argv[0]), 64;
+  const auto& kernel = kKernels.at(argv[1]);
+  const Bug bug = kBugs.at(argv[2]);
+  for (int i = 3; i < argc; ++i) {
+    setenv("MEGALODON_SIMT_SCHEDULE", argv[i], 1);
+    std::string outcome;
+    try {
+      outcome = kernel(bug) ? "correct" : "wrong";
+    } catch (const std::runtime_error& error) {
+      outcome = error.what();
+    }
+    for (char& c : outcome) c = c == '\n' ? ' ' : c;
+    std::printf("%s\n", outcome.c_str());
+    std::fflush(stdout);
+  }
+  return 0;
+}

@@ -1,0 +1,88 @@
+"""The executor that runs CUDA kernels on the CPU: every seeded mistake is caught, and nothing else.
+
+The programs simt_tests_{build} (tests/simt/main.cpp) are built with
+-DMEGALODON_SIMT="plain;asan;race".
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from backend import SIMT_BUILD
+
+IN_ORDER = ("forward", "reverse", "lockstep")
+RANDOM = tuple(f"random:{seed}" for seed in range(1, 41))
+BUILDS = ("plain", "asan", "race")
+
+# What at least one schedule of this build says of the mistake; "" where the build cannot see it.
+SEEDED = {
+    ("row_sum", "missing_mask"): ("wrong", "heap-buffer-overflow", "RACE: "),
+    ("row_sum", "shared_out_of_bounds"): (
+        "wrong",
+        "index 4 out of bounds",
+        "shared memory that nobody has written",
+    ),
+    ("row_sum", "missing_barrier"): ("wrong", "wrong", "shared memory that nobody has written"),
+    ("row_sum", "divergent_barrier"): ("divergent barrier: this thread is at ",) * 3,
+    ("row_sum", "divergent_shuffle"): ("shuffle: lane 0 reads lane 16",) * 3,
+    ("row_sum", "overlapping_outputs"): ("wrong", "wrong", "RACE: write of global memory"),
+    ("scan", "block_order"): ("LIVELOCK",) * 3,
+    ("scan", "missing_barrier"): ("wrong", "wrong", "shared memory that nobody has written"),
+    ("pipeline", "missing_async_wait"): ("before it has waited for its asynchronous copies",) * 3,
+    ("pipeline", "missing_barrier"): ("wrong", "wrong", "RACE: "),
+    ("reverse", "missing_sync_warp"): ("wrong", "wrong", "shared memory that nobody has written"),
+    ("last_block", "missing_fence"): ("", "", "RACE: read of global memory"),
+    ("waits", "deadlock"): ("DEADLOCK",) * 3,
+    ("waits", "wrong_mask"): ("the calling lane 16 is not in the mask 0000ffff",) * 3,
+}
+KERNELS = ("row_sum", "scan", "pipeline", "reverse", "last_block", "waits")
+
+
+def program(build: str) -> Path:
+    path = SIMT_BUILD / f"simt_tests_{build}"
+    if not path.is_file():
+        pytest.skip(f"{path} is not built (make test-simt)")
+    return path
+
+
+def run(build: str, kernel: str, bug: str, *schedules: str) -> str:
+    result = subprocess.run(
+        [str(program(build)), kernel, bug, *schedules], capture_output=True, text=True, timeout=120
+    )
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_correct_kernel_is_passed_by_every_schedule(kernel: str, build: str) -> None:
+    schedules = IN_ORDER + RANDOM
+    assert run(build, kernel, "none", *schedules).split("\n") == ["correct"] * len(schedules) + [""]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("kernel", "bug"), SEEDED, ids=":".join)
+def test_a_seeded_mistake_is_caught(kernel: str, bug: str, build: str) -> None:
+    wanted = SEEDED[kernel, bug][BUILDS.index(build)]
+    outcomes = [run(build, kernel, bug, schedule) for schedule in ("forward", "reverse")]
+    if wanted:
+        assert any(wanted in outcome for outcome in outcomes), outcomes
+    else:
+        assert outcomes == ["correct\n", "correct\n"]
+
+
+def test_a_report_names_kernel_block_thread_and_line() -> None:
+    report = run("plain", "row_sum", "divergent_barrier", "forward")
+    assert "kernels.cu:" in report
+    assert "[kernel row_sum, block (0, 0, 0), thread (" in report
+
+
+def test_asan_names_kernel_thread_and_line() -> None:
+    report = run("asan", "row_sum", "missing_mask", "forward")
+    assert "simt: error in kernel row_sum, block (8, 0, 0), thread (44, 0, 0)" in report
+    assert "row_sum_kernel" in report
+
+
+def test_a_wrong_schedule_is_refused() -> None:
+    assert "must be forward, reverse, lockstep or random:SEED; got sideways" in run(
+        "plain", "row_sum", "none", "sideways"
+    )
