@@ -89,7 +89,7 @@ class ForwardTile {
       const Vecs<A, 2> sums =
           groups_.template sum<2>(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
             prefetch(y + i);
-            const Vec<A> d = first_lanes(load(x + i, n) - spread<A, P, decltype(j)::value>(mean_ + g), n);
+            const Vec<A> d = first_lanes(load(x + i, n) - spread<A, P>(mean_ + g, j), n);
             return Vecs<A, 2>{d, d * d};
           });
       store(away_ + g, sums.v[0] / size);
@@ -130,9 +130,8 @@ class ForwardTile {
     const A* bias = static_cast<const A*>(args_.bias) + first_ * groups_.K;
     for (int64_t g = 0; g < groups_.groups; g += W) {
       groups_.for_each_vector(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
-        constexpr int J = decltype(j)::value;
         prefetch(x + i + args_.D);
-        const Vec<A> normed = (load(x + i, n) - spread<A, P, J>(mean_ + g)) * spread<A, P, J>(rstd_ + g);
+        const Vec<A> normed = (load(x + i, n) - spread<A, P>(mean_ + g, j)) * spread<A, P>(rstd_ + g, j);
         store(y + i, normed * load(weight + i, n) + (normed + load(bias + i, n)), n);
       });
     }
@@ -155,8 +154,8 @@ class ForwardTile {
   int64_t n_;
   alignas(64) double M_[kMaxGroups];
   alignas(64) double V_[kMaxGroups];
-  alignas(64) A mean_[kMaxGroups];  // of the last step that was not padded
-  alignas(64) A rstd_[kMaxGroups];
+  alignas(64) A mean_[kMaxGroups + W];  // of the last step that was not padded
+  alignas(64) A rstd_[kMaxGroups + W];
   alignas(64) A away_[kMaxGroups];
   alignas(64) A square_[kMaxGroups];
 };
@@ -245,7 +244,7 @@ class BackwardTile {
               prefetch(dx_[k] + i);
               const Vec<A> dy = load(dy_[k] + i, n);
               const Vec<A> u = dy * load(weight + i, n) + dy;
-              const Vec<A> d = first_lanes(load(x_[k] + i, n) - spread<A, P, decltype(j)::value>(mean), n);
+              const Vec<A> d = first_lanes(load(x_[k] + i, n) - spread<A, P>(mean, j), n);
               return Vecs<A, 3>{u, u * d, d};
             });
         store(shift_[k] + g, sums.v[0]);
@@ -293,13 +292,12 @@ class BackwardTile {
       T* dx_row = dx_[k];
       for (int64_t g = 0; g < groups_.groups; g += W) {
         groups_.for_each_vector(g, [&](auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
-          constexpr int J = decltype(j)::value;
           prefetch(dy_row + i + next);
           prefetch(x_row + i + next);
           const Vec<A> dy = load(dy_row + i, n);
-          const Vec<A> d = load(x_row + i, n) - spread<A, P, J>(mean_[k] + g);
-          const Vec<A> scaled = dy * spread<A, P, J>(rstd_[k] + g);
-          const Vec<A> rest = spread<A, P, J>(slope_[k] + g) * d + spread<A, P, J>(shift_[k] + g);
+          const Vec<A> d = load(x_row + i, n) - spread<A, P>(mean_[k] + g, j);
+          const Vec<A> scaled = dy * spread<A, P>(rstd_[k] + g, j);
+          const Vec<A> rest = spread<A, P>(slope_[k] + g, j) * d + spread<A, P>(shift_[k] + g, j);
           store(dx_row + i, scaled * load(weight + i, n) + (scaled + rest), n);
           store(dweight + i, scaled * d + load(dweight + i, n), n);
           store(dbias + i, dy + load(dbias + i, n), n);
@@ -330,10 +328,10 @@ class BackwardTile {
   T* dx_[kSteps];
   alignas(64) double aM_[kMaxGroups];
   alignas(64) double aV_[kMaxGroups];
-  alignas(64) A mean_[kSteps][kMaxGroups];
-  alignas(64) A rstd_[kSteps][kMaxGroups];
-  alignas(64) A shift_[kSteps][kMaxGroups];
-  alignas(64) A slope_[kSteps][kMaxGroups];
+  alignas(64) A mean_[kSteps][kMaxGroups + W];
+  alignas(64) A rstd_[kSteps][kMaxGroups + W];
+  alignas(64) A shift_[kSteps][kMaxGroups + W];
+  alignas(64) A slope_[kSteps][kMaxGroups + W];
   alignas(64) A drift_[kSteps][kMaxGroups];
 };
 
@@ -367,14 +365,14 @@ void backward(const TimestepNormBackward& args) {
 void timestep_norm_forward(const TimestepNormForward& args) {
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    visit_group_size<stat_t<T>>(args.K(), [&](auto size) { forward<T, decltype(size)::value>(args); });
+    visit_group_size<stat_t<T>>(args.G, args.K(), [&](auto size) { forward<T, decltype(size)::value>(args); });
   });
 }
 
 void timestep_norm_backward(const TimestepNormBackward& args) {
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    visit_group_size<stat_t<T>>(args.K(), [&](auto size) { backward<T, decltype(size)::value>(args); });
+    visit_group_size<stat_t<T>>(args.G, args.K(), [&](auto size) { backward<T, decltype(size)::value>(args); });
   });
 }
 
