@@ -83,7 +83,8 @@ __attribute__((always_inline)) inline void for_each_index(const F& f, std::integ
 
 // `groups` adjacent groups of K channels; where P > 0, whole blocks. Below, f(j, i, n) is called with the index j of
 // spread(), the channel i to start at and the number n of channels that are there: a constant W where that is certain.
-// Up to eight vectors of a block are unrolled: a block of 16 in full is no faster and takes twice as long to compile.
+// Up to eight vectors of a block are unrolled: with four, groups of 16 and 32 channels took up to 1.3 times as long on
+// AVX2.
 template <class A, int P>
 struct Groups {
   static constexpr int W = kLanes<A>;

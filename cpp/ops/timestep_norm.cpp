@@ -14,7 +14,9 @@
 //           x. dweight, dbias: 256 steps are added in float, these sums in double; one partial sum per fixed part of
 //           the batch, added in order, so the result does not depend on the number of threads.
 // Limits    none; D = 0 gives NaN statistics. Group sizes that are no power of two and no multiple of the vector length
-//           are up to four times slower, as every group ends in a partial vector.
+//           are slower, as every group ends in a partial vector; so are groups smaller than a vector in float64 or
+//           where their number is no multiple of the vector length: by up to an order of magnitude for groups of 1
+//           or 2.
 #include "ops/timestep_norm.h"
 
 #include <algorithm>
