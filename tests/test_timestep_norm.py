@@ -189,12 +189,26 @@ def test_large_values(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_a_large_mean_does_not_cancel(isa: str) -> None:
-    """What is left is the rounding of a step's mean; E[x^2] - M^2 would be wrong by 10."""
+    """E[x^2] - M^2 would be wrong by 10."""
     x = torch.randn(2, 100, 64) + 1e4
     args = (torch.zeros(64), torch.zeros(64), 4)
     _, _, _, var, _, _ = timestep_norm(x, *args)
     want = timestep_norm(x.double(), *(t.double() for t in args[:2]), 4)[3]
-    torch.testing.assert_close(var.double(), want, rtol=2e-4, atol=0)
+    torch.testing.assert_close(var.double(), want, rtol=1e-5, atol=0)
+    check_forward(OP, (x, *args))
+    check_gradients(OP, (x, *args))
+
+
+@pytest.mark.parametrize("jump", [1e2, 1e4, 1e8])
+def test_a_jump_of_the_mean_does_not_cancel(isa: str, jump: float) -> None:
+    """A step is measured from the mean of those before it, which may be far from its own."""
+    x = torch.randn(2, 40, 64)
+    x[:, 1:20] += jump
+    x[:, 30:] -= jump
+    weight, bias = torch.zeros(64), torch.zeros(64)
+    steps = timestep_norm(x, weight, bias, 4)[5]
+    want = timestep_norm(x.double(), weight.double(), bias.double(), 4)[5]
+    torch.testing.assert_close(steps.double(), want, rtol=1e-6, atol=0)
 
 
 def test_nan_stays_in_its_group_and_after_its_step() -> None:

@@ -52,9 +52,17 @@ inline Vec<float> widen(bf16, HalfBits bits) {
 
 inline HalfBits narrow(bf16, Vec<float> v) {  // round to nearest even; NaN stays NaN
   const VecU32 bits = reinterpret_cast<VecU32>(v);
-  const VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const VecU32 quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : quiet, HalfBits);
+  const VecU32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const VecU32 high = (v == v ? rounded : bits | 0x400000) >> 16;
+#if defined(__AVX512F__)
+  return reinterpret_cast<HalfBits>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(high)));
+#elif defined(__AVX2__)
+  const __m256i words = reinterpret_cast<__m256i>(high);
+  return reinterpret_cast<HalfBits>(
+      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
+  return __builtin_convertvector(high, HalfBits);
+#endif
 }
 
 inline Vec<float> widen(f16, HalfBits bits) {
@@ -117,28 +125,80 @@ inline void store(T* p, Vec<stat_t<T>> v) {
   }
 }
 
+#if defined(__AVX512F__)
+inline __mmask16 lane_mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }  // 0 <= n < 16
+#elif defined(__AVX2__)
+inline __m256i lane_mask(int64_t words) {  // of 4 bytes
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(words)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 template <class T>
 inline Vec<stat_t<T>> load(const T* p, int64_t n) {  // the other lanes are 0
   if (n >= kLanes<stat_t<T>>) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    return widen(T{}, reinterpret_cast<HalfBits>(_mm256_maskz_loadu_epi16(lane_mask(n), p)));
+  } else if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_ps(lane_mask(n), p));
+  } else {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lane_mask(n)), p));
+  }
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) >= 4) {
+    const auto* words = reinterpret_cast<const int*>(p);
+    return reinterpret_cast<Vec<T>>(_mm256_maskload_epi32(words, lane_mask(n * sizeof(T) / 4)));
+  }
+#endif
   T buffer[kLanes<stat_t<T>>] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
   return load(buffer);
+#endif
 }
 
 template <class T>
 inline void store(T* p, Vec<stat_t<T>> v, int64_t n) {
   if (n >= kLanes<stat_t<T>>) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(p, lane_mask(n), reinterpret_cast<__m256i>(narrow(T{}, v)));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, lane_mask(n), reinterpret_cast<__m512>(v));
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lane_mask(n)), reinterpret_cast<__m512d>(v));
+  }
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) >= 4) {
+    auto* words = reinterpret_cast<int*>(p);
+    return _mm256_maskstore_epi32(words, lane_mask(n * sizeof(T) / 4), reinterpret_cast<__m256i>(v));
+  }
+#endif
   T buffer[kLanes<stat_t<T>>];
   store(buffer, v);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
 }
 
 // The first n lanes; the others become 0.
 template <class V>
 inline V first_lanes(V v, int64_t n) {
+  using Index = decltype(v == v);
   constexpr int kCount = sizeof(V) / sizeof(v[0]);
-  for (int i = 0; i < kCount; ++i) v[i] = i < n ? v[i] : 0;
-  return v;
+  if (n >= kCount) return v;
+  Index index;
+  for (int i = 0; i < kCount; ++i) index[i] = i;
+  return index < static_cast<decltype(index[0] + 0)>(n) ? v : V{};
+}
+
+// Calls body(i, n) for the vectors of [begin, end): n elements from i on, the constant W but for a partial last one.
+template <class A, class Body>
+__attribute__((always_inline)) inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
+  constexpr int64_t W = kLanes<A>;
+  int64_t i = begin;
+  for (; i + W <= end; i += W) body(i, W);
+  if (i < end) body(i, end - i);
 }
 
 // One element.
@@ -207,8 +267,13 @@ inline Vec<float> exp(Vec<float> v) {
   constexpr float kLn2Low = 1.42860682030941723e-6f;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> low = splat(-87.33654f);
-  const Vec<float> high = splat(88.72283f);
+  [[maybe_unused]] const Vec<float> high = splat(88.72283f);
+#if defined(__AVX512F__)
+  const __m512 clamped = _mm512_max_ps(reinterpret_cast<__m512>(low), reinterpret_cast<__m512>(v));  // NaN: v
+  const Vec<float> x = reinterpret_cast<Vec<float>>(_mm512_min_ps(_mm512_set1_ps(89.0f), clamped));
+#else
   const Vec<float> x = v < low ? low : v > high ? high : v;
+#endif
   const Vec<float> shifted = x * kLog2e + kMagic;
   const Vec<float> n = shifted - kMagic;
   const Vec<float> r = (x - n * kLn2High) - n * kLn2Low;
@@ -219,6 +284,10 @@ inline Vec<float> exp(Vec<float> v) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const Vec<float> e = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  const __m512 result = _mm512_scalef_ps(reinterpret_cast<__m512>(e), reinterpret_cast<__m512>(n));
+  return v < low ? Vec<float>{} : reinterpret_cast<Vec<float>>(result);
+#else
   // 2^n in two factors, for n may be 128
   const VecI32 i = reinterpret_cast<VecI32>(shifted) - 0x4b400000;
   const VecI32 half = i >> 1;
@@ -227,6 +296,7 @@ inline Vec<float> exp(Vec<float> v) {
   const Vec<float> result = e * scale1 * scale2;
   const Vec<float> infinity = splat(std::numeric_limits<float>::infinity());
   return v > high ? infinity : v < low ? Vec<float>{} : v == v ? result : v;
+#endif
 }
 
 inline Vec<double> exp(Vec<double> v) {
@@ -297,6 +367,16 @@ inline void sincos(Vec<double> v, Vec<double>& sine, Vec<double>& cosine) {
 
 template <class V>
 inline V sigmoid(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == 4) {
+    // An approximate reciprocal and a Newton step take half the time of a division; of d in [1, 2] nothing overflows.
+    const V e = exp(v > 0 ? -v : v);
+    const V d = 1.0f + e;
+    const V r = reinterpret_cast<V>(_mm512_rcp14_ps(reinterpret_cast<__m512>(d)));
+    const V inverse = r * (1.0f - d * r) + r;
+    return v > 0 ? inverse : e * inverse;
+  }
+#endif
   return 1.0f / (1.0f + exp(-v));
 }
 

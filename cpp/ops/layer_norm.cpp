@@ -55,11 +55,10 @@ void forward(const LayerNormForward& args) {
       const A rstd = A(1) / std::sqrt(square / static_cast<A>(D) + static_cast<A>(args.eps));
       static_cast<A*>(args.mean)[r] = mean;
       static_cast<A*>(args.rstd)[r] = rstd;
-      for (int64_t i = 0; i < D; i += W) {
-        const V xh = (load(xr + i, D - i) - mean) * rstd;
-        store(y + r * D + i, weight == nullptr ? xh : xh * load(weight + i, D - i) + (xh + load(bias + i, D - i)),
-              D - i);
-      }
+      for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const V xh = (load(xr + i, n) - mean) * rstd;
+        store(y + r * D + i, weight == nullptr ? xh : xh * load(weight + i, n) + (xh + load(bias + i, n)), n);
+      });
     }
   });
 }
@@ -68,7 +67,6 @@ template <class T>
 void backward(const LayerNormBackward& args) {
   using A = stat_t<T>;
   using V = Vec<A>;
-  constexpr int64_t W = kLanes<A>;
   const int64_t D = args.D;
   const auto* x = static_cast<const T*>(args.x);
   const auto* weight = static_cast<const A*>(args.weight);
@@ -89,26 +87,28 @@ void backward(const LayerNormBackward& args) {
         const T* xr = x + r * D;
         const A mean = static_cast<const A*>(args.mean)[r];
         const A rstd = static_cast<const A*>(args.rstd)[r];
-        const auto scaled = [&](int64_t i, V g) { return weight == nullptr ? g : g * load(weight + i, D - i) + g; };
+        const auto scaled = [&](int64_t i, int64_t n, V g) __attribute__((always_inline)) {
+          return weight == nullptr ? g : g * load(weight + i, n) + g;
+        };
         V sum_u = {};
         V sum_uxh = {};
-        for (int64_t i = 0; i < D; i += W) {
-          const V g = load(dyr + i, D - i);  // 0 beyond the row, and so is u
-          const V xh = (load(xr + i, D - i) - mean) * rstd;
-          const V u = scaled(i, g);
+        for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+          const V g = load(dyr + i, n);  // 0 beyond the row, and so is u
+          const V xh = (load(xr + i, n) - mean) * rstd;
+          const V u = scaled(i, n, g);
           sum_u += u;
           sum_uxh = u * xh + sum_uxh;
-          if (weight == nullptr) continue;
-          store(dw + i, g * xh + load(dw + i, D - i), D - i);
-          store(db + i, g + load(db + i, D - i), D - i);
-        }
+          if (weight == nullptr) return;
+          store(dw + i, g * xh + load(dw + i, n), n);
+          store(db + i, g + load(db + i, n), n);
+        });
         const A mean_u = sum_lanes<A>(sum_u) / static_cast<A>(D);
         const A mean_uxh = sum_lanes<A>(sum_uxh) / static_cast<A>(D);
-        for (int64_t i = 0; i < D; i += W) {
-          const V xh = (load(xr + i, D - i) - mean) * rstd;
-          const V u = scaled(i, load(dyr + i, D - i));
-          store(static_cast<T*>(args.dx) + r * D + i, (u - mean_u - xh * mean_uxh) * rstd, D - i);
-        }
+        for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+          const V xh = (load(xr + i, n) - mean) * rstd;
+          const V u = scaled(i, n, load(dyr + i, n));
+          store(static_cast<T*>(args.dx) + r * D + i, (u - mean_u - xh * mean_uxh) * rstd, n);
+        });
       }
     }
   });

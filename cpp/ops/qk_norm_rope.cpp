@@ -198,7 +198,7 @@ void backward_head(const QkNormRopeBackward& args, int64_t bt, int64_t h, const 
   const A norm = A(1) / std::sqrt(static_cast<A>(S));
   A *dgq = sums + h * S, *dgk = dgq + D, *dbq = dgk + D, *dbk = dbq + D;
   Vec<A> dot = {};
-  for_pairs<A>(S, rotation, [&](int64_t i, int64_t n, const Turn<A>& turn, int half) {
+  for_pairs<A>(S, rotation, [&](int64_t i, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
     const Vec<A> uq = turn.back(half, load(dq + i, n)), uk = turn.back(half, load(dk + i, n));
     const Vec<A> zn = load(z + i, n) * rstd;
     store(dbq + i, load(dbq + i, n) + uq, n);

@@ -45,14 +45,10 @@ void forward(const RmsNormForward& args) {
       const A sum = sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
       const A scale = A(1) / std::sqrt(sum / static_cast<A>(D) + static_cast<A>(args.eps));
       rstd[r] = scale;
-      for (i = 0; i + W <= D; i += W) {
-        const Vec<A> v = load(xr + i) * scale;
-        store(yr + i, weight == nullptr ? v : v * load(weight + i) + v);
-      }
-      if (i < D) {
-        const Vec<A> v = load(xr + i, D - i) * scale;
-        store(yr + i, weight == nullptr ? v : v * load(weight + i, D - i) + v, D - i);
-      }
+      for_vectors<A>(0, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+        const Vec<A> v = load(xr + k, n) * scale;
+        store(yr + k, weight == nullptr ? v : v * load(weight + k, n) + v, n);
+      });
     }
   });
 }
@@ -60,7 +56,6 @@ void forward(const RmsNormForward& args) {
 template <class T>
 void backward(const RmsNormBackward& args) {
   using A = stat_t<T>;
-  constexpr int64_t W = kLanes<A>;
   const int64_t D = args.D;
   const auto* dy = static_cast<const T*>(args.dy);
   const auto* x = static_cast<const T*>(args.x);
@@ -79,22 +74,20 @@ void backward(const RmsNormBackward& args) {
         const T* xr = x + r * D;
         const A scale = rstd[r];
         Vec<A> sums = {};
-        for (int64_t i = 0; i < D; i += W) {
-          const int64_t n = D - i;
+        for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
           const Vec<A> g = load(dyr + i, n);
           const Vec<A> xh = load(xr + i, n) * scale;
           const Vec<A> u = weight == nullptr ? g : g * load(weight + i, n) + g;
           sums = u * xh + sums;
           if (dw != nullptr) store(dw + i, g * xh + load(dw + i, n), n);
-        }
+        });
         const A mean = sum_lanes<A>(sums) / static_cast<A>(D);
-        for (int64_t i = 0; i < D; i += W) {
-          const int64_t n = D - i;
+        for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
           const Vec<A> g = load(dyr + i, n);
           const Vec<A> xh = load(xr + i, n) * scale;
           const Vec<A> u = weight == nullptr ? g : g * load(weight + i, n) + g;
           store(dx + r * D + i, (u - xh * mean) * scale, n);
-        }
+        });
       }
     }
   });

@@ -23,11 +23,11 @@ void forward(const SiluMulForward& args) {
   const auto* b = static_cast<const T*>(args.b);
   auto* y = static_cast<T*>(args.y);
   parallel_for(args.n, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<A>) {
-      const Vec<A> u = load(a + i, end - i);
+    for_vectors<A>(begin, end, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      const Vec<A> u = load(a + i, n);
       const Vec<A> v = u * sigmoid(u);
-      store(y + i, b == nullptr ? v : v * load(b + i, end - i), end - i);
-    }
+      store(y + i, b == nullptr ? v : v * load(b + i, n), n);
+    });
   });
 }
 
@@ -40,8 +40,7 @@ void backward(const SiluMulBackward& args) {
   auto* da = static_cast<T*>(args.da);
   auto* db = static_cast<T*>(args.db);
   parallel_for(args.n, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<A>) {
-      const int64_t n = end - i;
+    for_vectors<A>(begin, end, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       const Vec<A> g = load(dy + i, n);
       const Vec<A> u = load(a + i, n);
       const Vec<A> s = sigmoid(u);
@@ -53,7 +52,7 @@ void backward(const SiluMulBackward& args) {
       } else {
         store(da + i, g * slope, n);
       }
-    }
+    });
   });
 }
 
