@@ -1,13 +1,13 @@
 // cema on the CPU, by the recurrence ("scan").
 //
 // Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h); equation
-// (2)
-//           of arXiv 2404.08801 as the released code has it.
+//           (2) of arXiv 2404.08801 as the released code has it.
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
 // Mapping   a task is a part of the batch and a range of columns (16 channels, one or more vectors). It walks time in
-//           blocks, and in each block all its columns, so that memory is read in order; a block's x and y lie packed in
-//           L1 while groups of wavelets, whole in registers, run over them. The backward pass keeps the state at every
-//           block's start, then goes through the blocks from the last, recomputing a group's states into L1.
+//           blocks, and in each block all its columns, so that memory is read in order: some columns at a time are
+//           packed, groups of wavelets, whole in registers, run over each vector, and the result is unpacked. The
+//           backward pass keeps the state at every block's start, then goes through the blocks from the last,
+//           recomputing a group's states into L1.
 // Traffic   forward 2 elements moved and 6 N FMA per element; backward 5 elements and 22 N FMA: compute-bound.
 // Numerics  coefficients from the raw parameters in float64. Inside a block the scan's type (float32, or float64 for
 //           float64 x); between blocks the state is float64 and what was carried in is advanced by q^T in float64, so
@@ -120,39 +120,46 @@ void write_state(A* tensor, const Tables<A>& tables, const CemaShape& shape, int
   }
 }
 
-// A time block of one vector of channels: element (t, l) at rows + t * D + l <-> packed[t * W + l].
-template <class T>
-void pack(const T* rows, int64_t D, int64_t lanes, int64_t steps, stat_t<T>* packed) {
-  constexpr int64_t W = kLanes<stat_t<T>>;
-  for (int64_t t = 0; t < steps; ++t) store(packed + t * W, load(rows + t * D, lanes));
+// Time blocks of up to kStaged columns go from and to rows in memory order, by way of packed copies: step t of vector v
+// at packed + v * room + t * W. A vector of channels read alone would be a line per row, which the hardware does not
+// foresee, at a stride that caches take badly (D a power of two). The room is one step more, for that same reason.
+template <class A>
+constexpr int64_t room_of(int64_t steps) {
+  return (steps + 1) * kLanes<A>;
 }
 template <class T>
-void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t steps, T* rows) {
+void pack(const T* rows, int64_t D, int64_t channels, int64_t steps, int64_t room, stat_t<T>* packed) {
   constexpr int64_t W = kLanes<stat_t<T>>;
-  for (int64_t t = 0; t < steps; ++t) store(rows + t * D, load(packed + t * W), lanes);
+  for (int64_t t = 0; t < steps; ++t) {
+    stat_t<T>* out = packed + t * W;
+    for (int64_t d = 0; d < channels; d += W, out += room) store(out, load(rows + t * D + d, channels - d));
+  }
+}
+template <class T>
+void unpack(const stat_t<T>* packed, int64_t D, int64_t channels, int64_t steps, int64_t room, T* rows) {
+  constexpr int64_t W = kLanes<stat_t<T>>;
+  for (int64_t t = 0; t < steps; ++t) {
+    const stat_t<T>* in = packed + t * W;
+    for (int64_t d = 0; d < channels; d += W, in += room) store(rows + t * D + d, load(in), channels - d);
+  }
 }
 
-// Asks for such a block ahead of its use: its lines are a row apart, a stride the hardware does not foresee.
-template <class T>
-void prefetch(const T* rows, int64_t D, int64_t steps) {
-  for (int64_t t = 0; t < steps; ++t) __builtin_prefetch(rows + t * D, 0, 2);
+// Calls body(d, end) for the channels [d, end) of every kStaged columns of [first, last).
+template <class Body>
+void for_stages(const CemaShape& shape, int64_t first, int64_t last, Body&& body) {
+  constexpr int64_t kChannels = CemaShape::kStaged * kColumn;
+  const int64_t end = last * kColumn < shape.D ? last * kColumn : shape.D;
+  for (int64_t d = first * kColumn; d < end; d += kChannels) body(d, d + kChannels < end ? d + kChannels : end);
 }
 
 // ---- forward ----
 
-template <class T>
-void forward_block(const CemaForward& args, const Tables<stat_t<T>>& tables, int64_t b, int64_t t0, int64_t steps,
-                   int64_t d, double* H) {
-  using A = stat_t<T>;
+// x, y: packed.
+template <class A>
+void forward_block(const CemaForward& args, const Tables<A>& tables, int64_t steps, int64_t d, const A* x, A* y,
+                   double* H) {
   constexpr int64_t W = kLanes<A>;
-  alignas(64) A x[CemaShape::kForward * W];
-  alignas(64) A y[CemaShape::kForward * W];
-  const int64_t offset = (b * args.L + t0) * args.D + d;
-  const int64_t lanes = args.D - d;
-  pack(static_cast<const T*>(args.x) + offset, args.D, lanes, steps, x);
-  if (lanes > W) prefetch(static_cast<const T*>(args.x) + offset + W, args.D, steps);
-  prefetch(static_cast<T*>(args.y) + offset, args.D, steps);
-  const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, lanes);
+  const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, args.D - d);
   for (int64_t t = 0; t < steps; ++t) store(y + t * W, omega * load(x + t * W));
   for_wavelets<kGroup>(args.N, [&](auto group, int64_t n) {
     constexpr int G = group.value;
@@ -164,29 +171,38 @@ void forward_block(const CemaForward& args, const Tables<stat_t<T>>& tables, int
             state + 2 * k * W, H + 2 * (n + k) * W);
     }
   });
-  unpack(y, args.D, lanes, steps, static_cast<T*>(args.y) + offset);
 }
 
 template <class T>
 void forward(const CemaForward& args) {
   using A = stat_t<T>;
+  constexpr int64_t kRoom = room_of<A>(CemaShape::kForward);
   Tables<A> tables;
   double* states = tables.place(args.workspace, args);
   tables.make(args, false, args.L >= CemaShape::kForward ? CemaShape::kForward : 0);
   const Parts parts = args.parts();
+  A* packed = reinterpret_cast<A*>(states + parts.parts * args.wavelets() * 2);
   const int64_t state = args.D * args.N * 2;  // elements of h per row of the batch
   parallel_for(parts.parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
     for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
       double* H = states + part * args.wavelets() * 2;
+      A* x = packed + (part * args.columns() + first) * kColumn * 2 * (CemaShape::kForward + 1);
+      A* y = x + (last - first < CemaShape::kStaged ? last - first : CemaShape::kStaged) * kColumn / kLanes<A> * kRoom;
       for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
         const A* h0 = args.h0 == nullptr ? nullptr : static_cast<const A*>(args.h0) + b * state;
         for_vectors<A>(args, first, last,
                        [&](int64_t d) { read_state(h0, tables, args, d, true, H + d * args.N * 2); });
         for (int64_t t = 0; t < args.L; t += CemaShape::kForward) {
           const int64_t steps = args.L - t < CemaShape::kForward ? args.L - t : CemaShape::kForward;
-          for_vectors<A>(args, first, last,
-                         [&](int64_t d) { forward_block<T>(args, tables, b, t, steps, d, H + d * args.N * 2); });
+          for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
+            const int64_t offset = (b * args.L + t) * args.D + d0;
+            pack(static_cast<const T*>(args.x) + offset, args.D, d1 - d0, steps, kRoom, x);
+            for (int64_t d = d0, at = 0; d < d1; d += kLanes<A>, at += kRoom) {
+              forward_block(args, tables, steps, d, x + at, y + at, H + d * args.N * 2);
+            }
+            unpack(y, args.D, d1 - d0, steps, kRoom, static_cast<T*>(args.y) + offset);
+          });
         }
         for_vectors<A>(args, first, last, [&](int64_t d) {
           write_state(static_cast<A*>(args.h) + b * state, tables, args, d, true, H + d * args.N * 2);
@@ -198,13 +214,14 @@ void forward(const CemaForward& args) {
 
 // ---- backward ----
 
-// The workspace behind the tables, of one part: states and sums in float64, checkpoints in A.
+// The workspace behind the tables, of one part: states and sums in float64, checkpoints and packed copies in A.
 template <class A>
 struct Scratch {
   double* H;       // [D, N, 2]: h', then the adjoint m
   double* sums;    // [D, N, kSums]
   double* omega;   // [D]
   A* checkpoints;  // [blocks, D, N, 2]
+  A* packed;       // [columns, 3, kColumn, kBackward + 1]
   int64_t wavelets;
 
   Scratch(double* memory, const CemaShape& shape, int64_t part) : wavelets(shape.wavelets()) {
@@ -213,24 +230,20 @@ struct Scratch {
     H = memory + part * wavelets * 2;
     sums = memory + parts * wavelets * 2 + part * wavelets * kSums;
     omega = memory + parts * wavelets * (2 + kSums) + part * channels;
-    checkpoints = reinterpret_cast<A*>(memory + parts * (wavelets * (2 + kSums) + channels)) +
-                  part * shape.blocks() * wavelets * 2;
+    A* rest = reinterpret_cast<A*>(memory + parts * (wavelets * (2 + kSums) + channels));
+    checkpoints = rest + part * shape.blocks() * wavelets * 2;
+    packed = rest + parts * shape.blocks() * wavelets * 2 + part * channels * 3 * (CemaShape::kBackward + 1);
   }
   A* checkpoint(int64_t block, int64_t d, int64_t N) const { return checkpoints + (block * wavelets + d * N) * 2; }
 };
 
 constexpr int64_t kSteps = CemaShape::kBackward;
 
-// Keeps the state at the block's start and advances it to the end.
-template <class T>
-void checkpoint_block(const CemaBackward& args, const Tables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
-                      int64_t b, int64_t block, int64_t steps, int64_t d) {
-  using A = stat_t<T>;
+// Keeps the state at the block's start and advances it to the end. x: packed.
+template <class A>
+void checkpoint_block(const CemaBackward& args, const Tables<A>& tables, const Scratch<A>& scratch, int64_t block,
+                      int64_t steps, int64_t d, const A* x) {
   constexpr int64_t W = kLanes<A>;
-  alignas(64) A x[kSteps * W];
-  const T* rows = static_cast<const T*>(args.x) + (b * args.L + block * kSteps) * args.D + d;
-  pack(rows, args.D, args.D - d, steps, x);
-  if (args.D - d > W) prefetch(rows + W, args.D, steps);
   for_wavelets<kGroup>(args.N, [&](auto group, int64_t n) {
     constexpr int G = group.value;
     double* H = scratch.H + (d * args.N + n * W) * 2;
@@ -246,21 +259,13 @@ void checkpoint_block(const CemaBackward& args, const Tables<stat_t<T>>& tables,
   });
 }
 
-template <class T>
-void backward_block(const CemaBackward& args, const Tables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
-                    int64_t b, int64_t block, int64_t steps, int64_t d) {
-  using A = stat_t<T>;
+// x, dy, dx: packed.
+template <class A>
+void backward_block(const CemaBackward& args, const Tables<A>& tables, const Scratch<A>& scratch, int64_t block,
+                    int64_t steps, int64_t d, const A* x, const A* dy, A* dx) {
   constexpr int64_t W = kLanes<A>;
-  alignas(64) A x[kSteps * W], dy[kSteps * W], dx[kSteps * W];
   alignas(64) A kept[2 * kAdjointGroup * (kSteps + 1) * W];
-  const int64_t offset = (b * args.L + block * kSteps) * args.D + d;
-  const int64_t lanes = args.D - d;
-  pack(static_cast<const T*>(args.x) + offset, args.D, lanes, steps, x);
-  pack(static_cast<const T*>(args.dy) + offset, args.D, lanes, steps, dy);
-  if (lanes > W) prefetch(static_cast<const T*>(args.x) + offset + W, args.D, steps);
-  if (lanes > W) prefetch(static_cast<const T*>(args.dy) + offset + W, args.D, steps);
-  prefetch(static_cast<T*>(args.dx) + offset, args.D, steps);
-  const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, lanes);
+  const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, args.D - d);
   Vec<A> domega = {};
   for (int64_t t = 0; t < steps; ++t) {
     store(dx + t * W, omega * load(dy + t * W));
@@ -291,7 +296,6 @@ void backward_block(const CemaBackward& args, const Tables<stat_t<T>>& tables, c
     double* sums = scratch.sums + (d * args.N + n * W) * kSums;
     for (int64_t i = 0; i < kSums * G * W; i += kDoubles) store(sums + i, load(sums + i) + load_wide(rounded + i));
   });
-  unpack(dx, args.D, lanes, steps, static_cast<T*>(args.dx) + offset);
 }
 
 // One row of the batch, the columns [first, last).
@@ -299,22 +303,42 @@ template <class T>
 void backward_row(const CemaBackward& args, const Tables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
                   int64_t b, int64_t first, int64_t last) {
   using A = stat_t<T>;
+  constexpr int64_t kRoom = room_of<A>(kSteps);
   const int64_t state = args.D * args.N * 2;
   const auto of_row = [&](const void* p) { return p == nullptr ? nullptr : static_cast<const A*>(p) + b * state; };
-  const auto steps_of = [&](int64_t block) {
-    return args.L - block * kSteps < kSteps ? args.L - block * kSteps : kSteps;
+  A* x = scratch.packed + first * kColumn * 3 * (kSteps + 1);
+  const int64_t array =
+      (last - first < CemaShape::kStaged ? last - first : CemaShape::kStaged) * kColumn * (kSteps + 1);
+  A *dy = x + array, *dx = dy + array;
+  // Calls body(offset of the first element, first and last channel, steps) for the stages of a block.
+  const auto for_block = [&](int64_t block, auto&& body) {
+    const int64_t steps = args.L - block * kSteps < kSteps ? args.L - block * kSteps : kSteps;
+    for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
+      const int64_t offset = (b * args.L + block * kSteps) * args.D + d0;
+      pack(static_cast<const T*>(args.x) + offset, args.D, d1 - d0, steps, kRoom, x);
+      body(offset, d0, d1, steps);
+    });
   };
+
   for_vectors<A>(args, first, last,
                  [&](int64_t d) { read_state(of_row(args.h0), tables, args, d, true, scratch.H + d * args.N * 2); });
   for (int64_t block = 0; block < args.blocks(); ++block) {
-    for_vectors<A>(args, first, last,
-                   [&](int64_t d) { checkpoint_block<T>(args, tables, scratch, b, block, steps_of(block), d); });
+    for_block(block, [&](int64_t, int64_t d0, int64_t d1, int64_t steps) {
+      for (int64_t d = d0, at = 0; d < d1; d += kLanes<A>, at += kRoom) {
+        checkpoint_block(args, tables, scratch, block, steps, d, x + at);
+      }
+    });
   }
   for_vectors<A>(args, first, last,
                  [&](int64_t d) { read_state(of_row(args.dh), tables, args, d, false, scratch.H + d * args.N * 2); });
   for (int64_t block = args.blocks(); block-- > 0;) {
-    for_vectors<A>(args, first, last,
-                   [&](int64_t d) { backward_block<T>(args, tables, scratch, b, block, steps_of(block), d); });
+    for_block(block, [&](int64_t offset, int64_t d0, int64_t d1, int64_t steps) {
+      pack(static_cast<const T*>(args.dy) + offset, args.D, d1 - d0, steps, kRoom, dy);
+      for (int64_t d = d0, at = 0; d < d1; d += kLanes<A>, at += kRoom) {
+        backward_block(args, tables, scratch, block, steps, d, x + at, dy + at, dx + at);
+      }
+      unpack(dx, args.D, d1 - d0, steps, kRoom, static_cast<T*>(args.dx) + offset);
+    });
   }
   if (args.dh0 == nullptr) return;
   for_vectors<A>(args, first, last, [&](int64_t d) {

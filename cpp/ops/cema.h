@@ -29,6 +29,7 @@ struct CemaShape {
   static constexpr int64_t kColumn = 16;    // channels worked on together, padded with zeros at the end of D
   static constexpr int64_t kForward = 128;  // steps of a time block
   static constexpr int64_t kBackward = 64;
+  static constexpr int64_t kStaged = 16;  // columns packed at a time
 
   int64_t columns() const { return (D + kColumn - 1) / kColumn; }
   int64_t blocks() const { return (L + kBackward - 1) / kBackward; }
@@ -36,6 +37,10 @@ struct CemaShape {
   Parts parts() const {
     const int64_t wanted = columns() > 0 ? (Parts::kMaxParts + columns() - 1) / columns() : 1;
     return {B, wanted < B ? wanted : B > 0 ? B : 1};
+  }
+  // Bytes of packed copies of one step more than a time block's, for `arrays` arrays.
+  int64_t packed_bytes(DType dtype, int64_t steps, int64_t arrays) const {
+    return parts().parts * columns() * kColumn * (steps + 1) * arrays * size_of(stat_dtype(dtype));
   }
   int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
 
@@ -78,9 +83,11 @@ struct CemaForward : CemaShape {
   void* h;            // [B, D, N, 2] stat
   void* workspace;    // scan: see scan_bytes
 
-  // Coefficients (at most 4 stat and 7 float64 per wavelet) and the running states (2 float64 per wavelet and part).
+  // Coefficients (at most 4 stat and 7 float64 per wavelet), the running states (2 float64 per wavelet and part), x and
+  // y of a time block.
   int64_t scan_bytes() const {
-    return wavelets() * (4 * size_of(stat_dtype(dtype)) + 7 * 8) + parts().parts * wavelets() * 2 * 8;
+    return wavelets() * (4 * size_of(stat_dtype(dtype)) + 7 * 8) + parts().parts * wavelets() * 2 * 8 +
+           packed_bytes(dtype, kForward, 2);
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
@@ -113,12 +120,13 @@ struct CemaBackward : CemaShape {
   void* workspace;
 
   // Coefficients, and for each part: running states (2 float64 per wavelet), sums of five gradients per wavelet and one
-  // per channel in float64, and the state at the start of every time block (2 stat per wavelet and block: 2 N / 64
-  // numbers per element of x).
+  // per channel in float64, the state at the start of every time block (2 stat per wavelet and block: 2 N / 64 numbers
+  // per element of x), and x, dy and dx of a time block.
   int64_t scan_bytes() const {
     const int64_t stat = size_of(stat_dtype(dtype));
     return wavelets() * (4 * stat + 7 * 8) +
-           parts().parts * (wavelets() * (7 * 8 + 2 * stat * blocks()) + columns() * kColumn * 8);
+           parts().parts * (wavelets() * (7 * 8 + 2 * stat * blocks()) + columns() * kColumn * 8) +
+           packed_bytes(dtype, kBackward, 3);
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 3, 7); }
