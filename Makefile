@@ -10,6 +10,7 @@ MINUTES ?= 3
 RUN ?= runs/demo
 ARGS ?=
 OP ?=
+PARTS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -27,11 +28,11 @@ SANITIZERS = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsa
 # cmake and ninja of the environment before any others; no build isolation, so that build/ stays valid.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-simt bench lint format docs clean
+.PHONY: help setup demo test test-simt gpu-check bench lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 19
 
 setup: $(VENV)/.built  ## Make .venv and install the package and the development tools into it (others do it too)
 	@:
@@ -68,6 +69,9 @@ test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor
 	  MEGALODON_TEST_BACKEND=simt_race MEGALODON_EXAMPLES=5 $(SIMT_PYTEST) || exit 1; \
 	done
 	MEGALODON_TEST_BACKEND=simt_asan ASAN_OPTIONS=$(ASAN) LD_PRELOAD="$(SANITIZERS)" $(SIMT_PYTEST)
+
+gpu-check:  ## On a machine with a GPU, with its own Python: build, test and measure there (PARTS= picks; no network)
+	$(PYTHON) tests/gpu_check.py $(PARTS)
 
 bench: setup  ## Time every op, or OP=name, against what the machine can do and against torch
 	$(BIN)/megalodon bench $(OP)

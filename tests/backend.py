@@ -1,5 +1,6 @@
-"""The kernels under test: those of the installed package, or with MEGALODON_TEST_BACKEND=simt,
-simt_asan or simt_race the CUDA kernels, run on CPU tensors by the host executor (docs/executor.md).
+"""The kernels under test: those of the installed package, or the CUDA kernels on CPU tensors: with
+MEGALODON_TEST_BACKEND=simt, simt_asan or simt_race run by the host executor (docs/executor.md),
+with cuda on copies on the GPU.
 
 Importing this module before ``megalodon_ops`` puts the extension module in place.
 """
@@ -8,7 +9,14 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND = os.environ.get("MEGALODON_TEST_BACKEND", "")
@@ -27,13 +35,76 @@ def without_cuda_kernel(error: BaseException) -> str | None:
     return None
 
 
-if BACKEND:
-    found = [*(SIMT_BUILD / BACKEND).glob("_C.*")]
-    if len(found) != 1:
-        raise ImportError(f"no {BACKEND} extension in {SIMT_BUILD} (cmake --build --preset simt)")
-    spec = importlib.util.spec_from_file_location("megalodon_ops._C", found[0])
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("megalodon_ops._C", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["megalodon_ops._C"] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def _only(paths: Iterable[Path], what: str) -> Path:
+    found = [*paths]
+    if len(found) != 1:
+        raise ImportError(f"{what}; found {[str(path) for path in found]}")
+    return found[0]
+
+
+def _to_gpu(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_to_gpu, value))
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    return value.cuda() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+def _from_gpu(result: Any, like: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(_from_gpu(r, like) for r in result)
+    cpu = result.cpu()
+    return cpu.numpy() if isinstance(like, np.ndarray) else cpu
+
+
+def _on_gpu(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, run on copies on the GPU; what it has written is copied back."""
+
+    def call(*args: Any) -> Any:
+        from megalodon_ops import registry
+
+        moved = tuple(map(_to_gpu, args))
+        result = kernel(*moved)
+        first = next((a for a in args if isinstance(a, Tensor | np.ndarray)), None)
+        op = name.removesuffix("_forward").removesuffix("_backward")
+        inputs = registry[op].schema.split("->")[0].split(",")
+        written = [(a, m) for a, m, part in zip(args, moved, inputs) if "!" in part]  # noqa: B905
+        if len(args) > 1 and isinstance(args[-1], tuple):  # out
+            written += zip(args[-1], moved[-1], strict=True)
+        for mine, gpu in written:
+            (torch.from_numpy(mine) if isinstance(mine, np.ndarray) else mine).copy_(gpu)
+        if written and isinstance(args[-1], tuple):
+            return args[-1] if len(args[-1]) > 1 else args[-1][0]
+        on_cpu = first is None or isinstance(first, np.ndarray) or first.device.type == "cpu"
+        return _from_gpu(result, first) if on_cpu else result
+
+    return call
+
+
+def _gpu_module() -> ModuleType:
+    package = importlib.util.find_spec("megalodon_ops")
+    assert package is not None
+    folders = [Path(folder) for folder in package.submodule_search_locations or ()]
+    real = _load(_only((p for f in folders for p in f.glob("_C.*.so")), "wanted one extension"))
+    module = ModuleType("megalodon_ops._C")
+    for name in dir(real):
+        function = getattr(real, name)
+        is_kernel = name.endswith(("_forward", "_backward"))
+        setattr(module, name, _on_gpu(name, function) if is_kernel else function)
+    return module
+
+
+if BACKEND == "cuda":
+    sys.modules["megalodon_ops._C"] = _gpu_module()
+elif BACKEND:
+    what = f"wanted one {BACKEND} extension in {SIMT_BUILD} (cmake --build --preset simt)"
+    sys.modules["megalodon_ops._C"] = _load(_only((SIMT_BUILD / BACKEND).glob("_C.*"), what))
