@@ -73,8 +73,8 @@ test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor
 gpu-check:  ## On a machine with a GPU, with its own Python: build, test and measure there (PARTS= picks; no network)
 	$(PYTHON) tests/gpu_check.py $(PARTS)
 
-bench: setup  ## Time every op, or OP=name, against what the machine can do and against torch
-	$(BIN)/megalodon bench $(OP)
+bench: setup  ## Time every op, or OP=name, against what the machine can do and against torch (ARGS='--save NAME')
+	$(if $(ARGS),$(BIN)/python -m pytest bench -q $(if $(OP),-k $(OP)) $(ARGS),$(BIN)/megalodon bench $(OP))
 
 lint: setup  ## Check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -87,8 +87,9 @@ format: setup  ## Format Python and C++ in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-docs: setup  ## Renew the op table of the README from the registry
+docs: setup  ## Renew the op table of the README from the registry, docs/performance.md from bench/results
 	$(BIN)/python -m megalodon_ops._table README.md
+	$(BIN)/python bench/report.py
 
 clean:  ## Remove .venv and everything built (runs/ stays)
 	rm -rf $(VENV) build build-* python/megalodon_ops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

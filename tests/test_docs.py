@@ -1,6 +1,7 @@
 """The documents say what is so: the op table is the registry's, the README's examples run."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ README = (ROOT / "README.md").read_text()
 
 def test_op_table_is_the_registrys() -> None:
     assert with_table(README) == README, "run `make docs`"
+
+
+def test_performance_is_what_was_measured() -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        from report import TARGET, report
+    finally:
+        sys.path.pop(0)
+    assert report() == TARGET.read_text(), "run `make docs`"
 
 
 @pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
