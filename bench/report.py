@@ -17,20 +17,19 @@ TARGET = ROOT / "docs" / "performance.md"
 
 HEAD = """# Performance
 
-Generated from `bench/results/` by `make docs`; the numbers come from `make bench ARGS='--save NAME'`.
+Generated from `bench/results/` by `make docs`; numbers come from `make bench ARGS='--save NAME'`.
 Every row was verified against the float64 reference before it was timed, and timed in turns with
 its floor and its peers (`bench/harness.py`). Read the ratios: milliseconds belong to one machine on
 one day.
 
-*% of floor*: the time of the floor over ours. The floor of `clone` is a copy of as many bytes as the
-op has to move; of `fma` a multiplication of small matrices with as many FLOPs as the op has to do,
-three times those of forward for forward+backward. *Ratio*: time of the best peer over ours. *A/A*:
-ours against ours, the noise of a ratio.
+*% of floor*: the time of the floor over ours. The floor of `clone` is a copy of as many bytes as
+the op has to move; of `fma` a multiplication of small matrices with as many FLOPs as the op has to
+do, three times those of forward for forward+backward. *Ratio*: time of the best peer over ours.
+*A/A*: ours against ours, the noise of a ratio.
 """
 
 COLUMNS = (
-    "| op | shape | dtype | pass | ours ms | floor | % of floor | best peer | ratio | A/A "
-    "| error |"
+    "| op | shape | dtype | pass | ours ms | floor | % of floor | best peer | ratio | A/A | error |"
 )
 
 
