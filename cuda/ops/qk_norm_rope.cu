@@ -10,9 +10,9 @@
 //           made anew by every head, are half: memory-bound.
 // Numerics  angles in 64-bit fixed point, reduced exactly (core/turns.cuh); everything else in float (double for
 //           float64). dgamma, dbeta: one partial sum per part, added in order.
-// Limits    none. Rows that are no multiple of V components, or not aligned, go element by element; of rows beyond 256
-//           threads' registers (2048 components, 1024 of float64, 512 unaligned) the rest is read, and its angles'
-//           steps are made, again for every token.
+// Limits    none. Rows that are no multiple of V components, not aligned, or longer than 256 V go element by element
+//           (V = 2), and of those beyond 512 components the rest is read, and its angles' steps are made, again for
+//           every token.
 #include "core/pack.cuh"
 #include "core/reduce.cuh"
 #include "core/turns.cuh"
