@@ -19,7 +19,9 @@ namespace megalodon::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 64;   // slots whose scores are held at a time: two per lane
+constexpr int kBlocks = 2;                        // on each processor: as many registers as that leaves
+constexpr int kTile = ChunkAttentionStep::kTile;  // slots whose scores are held at a time
+static_assert(kTile == 64, "two per lane");
 constexpr int kRows = 4;    // keys that a thread has in flight
 constexpr int kValues = 8;  // values that a thread has in flight
 constexpr int kMergeWarps = 8;
