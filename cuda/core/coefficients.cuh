@@ -48,8 +48,7 @@ struct Wavelet {
   // q^t for an integer t >= 0: the angle is reduced exactly, so that the error does not grow with t but for that of
   // log|q| and arg q themselves.
   DEVICE Complex power(double t) const {
-    const double product = t * turns;
-    const double rest = product - rint(product) + fma(t, turns, -product);  // in turns
+    const double rest = fma(t, turns, -rint(t * turns));  // in turns
     const double quadrant = rint(4 * rest);
     double sine, cosine;
     sin_cos_near((rest - 0.25 * quadrant) * kTwoPi, static_cast<unsigned>(static_cast<int>(quadrant)), sine, cosine);

@@ -14,12 +14,15 @@ constexpr double kTurnsPerRadian = 0x1.45f306dc9c883p-3;
 constexpr double kTurnsPerRadianRest = -0x1.6b01ec5417056p-57;
 constexpr double kTwoPi = 0x1.921fb54442d18p+2;
 
-// radians / (2 pi) modulo 1; radians >= 0 and finite. Its error is that of the argument.
+// radians / (2 pi) modulo 1, to the precision of radians if that is less than a turn, else to 2^-53 turns; 0 <= radians
+// < 2^52. Written so that it is the same whether or not the compiler fuses multiplications and additions.
 DEVICE uint64_t turns_of(double radians) {
-  const double turns = radians * kTurnsPerRadian;
-  const double rest = fma(radians, kTurnsPerRadian, -turns) + radians * kTurnsPerRadianRest;
-  return static_cast<uint64_t>((turns - floor(turns)) * 0x1p64) +
-         static_cast<uint64_t>(static_cast<int64_t>(rest * 0x1p64));
+  const double whole = floor(radians * kTurnsPerRadian);
+  const double high = fma(radians, kTurnsPerRadian, -whole);  // below 0 where the product was rounded up to `whole`
+  double low = radians * kTurnsPerRadianRest;
+  if (whole == 0) low += fma(radians, kTurnsPerRadian, -high);
+  return static_cast<uint64_t>(high < 0 ? 0 : high * 0x1p64) +
+         static_cast<uint64_t>(static_cast<int64_t>(low * 0x1p64));
 }
 
 // Of x + quadrant pi/2, |x| <= pi/4: errors below 1 ulp (of 1). The quadrant's low two bits count.

@@ -43,7 +43,7 @@ constexpr int kPiece = sizeof(A) == 8 ? kSteps : 32;
 
 // Blocks on a processor: as many registers as that leaves.
 template <class A>
-constexpr int kBlocks = sizeof(A) == 8 ? 2 : 4;
+constexpr int kBlocks = sizeof(A) == 8 ? 2 : 3;
 
 // Whether a factor still counts in A; NaN does.
 template <class A>
