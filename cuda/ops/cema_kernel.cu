@@ -8,15 +8,13 @@
 //           and U of a span, 4 spans and one wavelet per thread, are added up with q^span, and over parts and wavelets
 //           by a second kernel.
 // Traffic   2 N FMA per element forward, 4 N backward, and one element moved: both limits are near at N = 16. Shared
-//           memory gives 3 16-byte accesses per 32 FMA forward, 6 per 64 backward. Wavelets that have decayed to 0 cost
-//           nothing (backward: where that holds for all of them). The doubles of a tile cost less than its FMA on GPUs
-//           that have half as many units for them as for floats.
-// Numerics  coefficients, powers and sums over spans in double: q^t anew per tile and part, 15 multiplications by q and
-// 3
-//           by q^128 away; a span in the parameters' type. The error does not grow with L. All in a fixed order.
+//           memory gives 6 16-byte accesses per 64 FMA. Wavelets that have decayed to 0 cost nothing (backward: where
+//           that holds for all of them). A tile's work in double is less than its FMA where there are half as many
+//           units for double as for float.
+// Numerics  coefficients, powers and sums over spans in double; q^t anew for every tile, at most 15 multiplications by
+//           q and 3 by q^128 away; a span in the parameters' type. The error does not grow with L. All in fixed order.
 // Limits    none; lengths that are no multiple of 16 bytes, or not so aligned, go element by element; beyond 16
-// wavelets
-//           the powers are made again per tile, and dk is read again.
+//           wavelets the powers are made again for every tile, and dk is read again.
 #include "core/coefficients.cuh"
 #include "core/pack.cuh"
 #include "core/reduce.cuh"
