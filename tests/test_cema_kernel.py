@@ -56,6 +56,33 @@ def test_lengths(isa: str, L: int) -> None:
     check_gradients(OP, args)
 
 
+@pytest.mark.parametrize(("D", "N", "L"), [(2, 35, 130), (2, 3, 12388), (1, 18, 8195)])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_shapes_at_which_a_gpu_divides(
+    isa: str, D: int, N: int, L: int, dtype: torch.dtype
+) -> None:
+    """More wavelets than are worked on together, more steps than a block has."""
+    args = (*parameters(dtype, D, N), L)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("N", [3, 17])
+def test_many_channels(isa: str, N: int) -> None:
+    """So many that a block of a GPU works on several pieces of a channel."""
+    D, L = 1100, 4100
+    p = [t.requires_grad_() for t in parameters(F64, D, N)]
+    dk = Maker(F64).stat(D, L)
+    k = cema_kernel(*p, L)
+    got = torch.autograd.grad(k, p, dk)
+    some = torch.tensor([0, 517, D - 1])
+    few = [t.detach()[some].requires_grad_() for t in p]
+    want = reference.cema_kernel(*few, L)
+    torch.testing.assert_close(k[some], want, rtol=1e-11, atol=1e-11)
+    for a, b in zip(got, torch.autograd.grad(want, few, dk[some]), strict=True):
+        torch.testing.assert_close(a[some], b, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("delta", [-40.0, 40.0])
 @pytest.mark.parametrize("alpha", [-40.0, 40.0])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)

@@ -62,6 +62,23 @@ def test_long_caches_are_split_over_parts(isa: str, m: int) -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("H", "S", "E", "C", "position"),
+    [
+        (1, 2, 2, 16384, [16383, 5000]),
+        (2, 600, 4096, 40, [20, 39]),
+        (1, 8, 300, 70, [69]),
+        (3, 64, 64, 200, [0, 15, 16, 130]),
+    ],
+)
+def test_shapes_at_which_a_gpu_divides_otherwise(
+    isa: str, H: int, S: int, E: int, C: int, position: list[int], dtype: torch.dtype
+) -> None:
+    """More slots than all parts' tiles, more columns than a block has, unaligned rows."""
+    check_forward(OP, arguments(dtype, H, S, E, C, position))
+
+
 @pytest.mark.parametrize("dropped_chunks", [0, 3])
 def test_steps_equal_the_whole_row(isa: str, dropped_chunks: int) -> None:
     """Slots that were never written hold NaN and must not be read."""

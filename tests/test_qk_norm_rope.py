@@ -50,6 +50,23 @@ def test_any_shape(
     check_gradients(OP, args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("H", "S"), [(3, 64), (2, 256), (1, 512), (1, 530), (1, 2056)])
+def test_wide_heads(isa: str, H: int, S: int, dtype: torch.dtype) -> None:
+    """Parts of a warp of a GPU, a warp, several, more than their registers."""
+    args = arguments(dtype, 2, 20, H, S, 7, torch.tensor([3, 12]))
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+def test_rows_that_are_not_aligned_are_the_same(isa: str) -> None:
+    z, *rest = arguments(torch.bfloat16, 1, 5, 1, 64, 3)
+    memory = torch.empty(z.numel() + 1, dtype=z.dtype)
+    shifted = memory[1:].view(z.shape).copy_(z)
+    for a, b in zip(OP.overload(shifted, *rest), OP.overload(z, *rest), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_long_row_keeps_its_angles(isa: str, dtype: torch.dtype) -> None:
     """Many tokens of a chunk: what the recurrence between exact angles adds must not show."""

@@ -18,7 +18,7 @@ struct CemaKernelForward {
   const void* theta;  // [D]
   const void* gamma;  // [D, N, 2]
   void* k;            // [D, L]
-  void* workspace;    // a slot per task
+  void* workspace;    // a slot per task; empty on the GPU
   int64_t D, N, L;
 
   ChannelTasks tasks() const { return ChannelTasks::of(D, dtype, powers_bytes(N) + wavelet_rows_bytes(N, 2)); }
@@ -35,11 +35,18 @@ struct CemaKernelBackward {
   void* ddelta;     // [D, N]
   void* dtheta;     // [D]
   void* dgamma;     // [D, N, 2]
-  void* workspace;  // a slot per task
+  void* workspace;  // a slot per task; on the GPU double [parts, D, N, 4]: S and U
   int64_t D, N, L;
 
   ChannelTasks tasks() const { return ChannelTasks::of(D, dtype, powers_bytes(N) + wavelet_rows_bytes(N, 4 + 7)); }
 };
+
+// What the blocks of a GPU work on: tiles of a channel's steps, in parts where the channels alone do not fill it.
+constexpr int64_t kCemaKernelTile = 4096;
+constexpr Parts cema_kernel_parts(int64_t D, int64_t L) {
+  const int64_t tiles = ceil_div(L, kCemaKernelTile);
+  return Parts::of(tiles, 1, ceil_div(1056, D < 1 ? 1 : D));
+}
 
 template <class Args>
 static inline void check_cema_kernel_parameters(Checker& c, Args& args, const DLTensor* alpha_in,
@@ -65,7 +72,7 @@ static inline CemaKernelForward check_cema_kernel(Checker& c, const DLTensor* al
   c.at_least("length", length, 0);
   args.L = length;
   args.k = out.next(c, "k", args.dtype, {args.D, args.L});
-  args.workspace = out.workspace(c, kMaxVectorBytes + args.tasks().bytes());
+  args.workspace = out.workspace(c, c.on_cuda() ? 0 : kMaxVectorBytes + args.tasks().bytes());
   return args;
 }
 
@@ -81,7 +88,8 @@ static inline CemaKernelBackward check_cema_kernel_backward(Checker& c, const DL
   args.ddelta = out.next(c, "ddelta", args.dtype, {args.D, args.N});
   args.dtheta = out.next(c, "dtheta", args.dtype, {args.D});
   args.dgamma = out.next(c, "dgamma", args.dtype, {args.D, args.N, 2});
-  args.workspace = out.workspace(c, kMaxVectorBytes + args.tasks().bytes());
+  const int64_t sums = cema_kernel_parts(args.D, args.L).parts * args.D * args.N * 4 * size_of(DType::kFloat64);
+  args.workspace = out.workspace(c, c.on_cuda() ? sums : kMaxVectorBytes + args.tasks().bytes());
   return args;
 }
 

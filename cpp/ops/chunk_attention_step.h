@@ -22,14 +22,25 @@ struct ChunkAttentionStep {
   void* v_cache;            // [B, C, H, E], likewise
   const int64_t* position;  // [B]
   void* o;                  // [B, H, E]
-  void* workspace;          // [B, H, max_parts, E + 2] stat: per part of the slots the sum, the maximum, the output
+  void* workspace;          // [B, H, max_parts, E + 2] stat: per part of the slots the sum, the maximum, the output;
+                            // on the GPU all outputs, then [B, H, max_parts] sums and maxima, none for one part
   int64_t B, H, S, E, C;
   int64_t max_parts;
 
   // FMAs that a part, or a thread, should have at least.
   static constexpr int64_t kLeastWork = 1 << 17;
 
-  void divide() {  // by the sizes
+  // On the GPU a part is a block. So that there are kBlocks, two on each of its processors, parts may be as small as
+  // kLeastSlots; for four times as many, which share the work more evenly, they must be as large as kTile.
+  static constexpr int64_t kBlocks = 264, kLeastSlots = 16, kTile = 64, kMaxBlockParts = 128;
+
+  void divide(bool on_cuda = false) {  // by the sizes
+    if (on_cuda) {
+      const int64_t blocks = ceil_div(kBlocks, std::max<int64_t>(B * H, 1));
+      max_parts = std::max(std::min(blocks, ceil_div(C, kLeastSlots)), std::min(4 * blocks, ceil_div(C, kTile)));
+      max_parts = std::min(max_parts, kMaxBlockParts);
+      return;
+    }
     const int64_t heads = B * H, work = C * (S + E);
     max_parts = std::max<int64_t>(1, std::min({int64_t{16}, 32 / std::max<int64_t>(heads, 1), work / kLeastWork}));
   }
@@ -62,9 +73,9 @@ static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DL
   args.S = S.size;
   args.E = E.size;
   args.C = C.size;
-  args.divide();
+  args.divide(c.on_cuda());
   args.o = out.like(c, "o", v);
-  args.workspace = out.workspace(c, args.workspace_bytes());
+  args.workspace = out.workspace(c, c.on_cuda() && args.max_parts == 1 ? 0 : args.workspace_bytes());
   return args;
 }
 

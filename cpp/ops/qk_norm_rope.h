@@ -9,6 +9,8 @@
 //   dzn = uq s_0 + uk s_1,   dz = rstd * (dzn - zn * mean(dzn * zn)).
 #pragma once
 
+#include <algorithm>
+
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/tensor.h"
@@ -26,8 +28,9 @@ struct QkNormRope {
   Parts parts;    // of the B L tokens
   int64_t pairs;  // S / 2, rounded up to whole vectors
 
-  void divide() {  // by the sizes
-    parts = Parts::of(B * L, 64);
+  // By the sizes. On the GPU a part of backward is what the blocks of the H heads work on: enough of them to fill it.
+  void divide(bool on_cuda = false) {
+    parts = on_cuda ? Parts::of(B * L, 16, std::max<int64_t>(1, 1024 / H)) : Parts::of(B * L, 64);
     pairs = round_up(S / 2, 16);
   }
 };
@@ -36,7 +39,7 @@ struct QkNormRopeForward : QkNormRope {
   void* q;          // [B, L, H, S]
   void* k;          // [B, L, H, S]
   void* rstd;       // [B, L, H] stat
-  void* workspace;  // double: angles and steps [3, pairs], then [parts, 4, pairs]
+  void* workspace;  // double: angles and steps [3, pairs], then [parts, 4, pairs]; empty on the GPU
   double eps;
 
   int64_t workspace_bytes() const { return (3 + 4 * parts.parts) * pairs * 8; }
@@ -49,7 +52,8 @@ struct QkNormRopeBackward : QkNormRope {
   void* dz;          // [B, L, H, S]
   void* dgamma;      // [2, H, S] stat
   void* dbeta;       // [2, H, S] stat
-  void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, [parts, 2 pairs] of dzn
+  void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, [parts, 2 pairs] of dzn;
+                     // on the GPU stat: [parts, 2, H, S] sums of dgamma, then of dbeta
 };
 
 static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in, const DLTensor* gamma_in,
@@ -81,7 +85,7 @@ static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in,
   args.S = D.size / num_heads;
   args.C = chunk_size;
   args.rope_base = rope_base;
-  args.divide();
+  args.divide(c.on_cuda());
   return z;
 }
 
@@ -95,7 +99,7 @@ static inline QkNormRopeForward check_qk_norm_rope(Checker& c, const DLTensor* z
   args.q = out.next(c, "q", z.dtype, {args.B, args.L, args.H, args.S});
   args.k = out.next(c, "k", z.dtype, {args.B, args.L, args.H, args.S});
   args.rstd = out.next(c, "rstd", stat_dtype(z.dtype), {args.B, args.L, args.H});
-  args.workspace = out.workspace(c, args.workspace_bytes());
+  args.workspace = out.workspace(c, c.on_cuda() ? 0 : args.workspace_bytes());
   args.eps = eps;
   return args;
 }
@@ -117,8 +121,9 @@ static inline QkNormRopeBackward check_qk_norm_rope_backward(Checker& c, const D
   args.dz = out.like(c, "dz", z);
   args.dgamma = out.next(c, "dgamma", stat, {2, args.H * args.S});
   args.dbeta = out.next(c, "dbeta", stat, {2, args.H * args.S});
-  args.workspace = out.workspace(c, (3 + 4 * args.parts.parts) * args.pairs * 8 +
-                                        args.parts.parts * (4 * args.H * args.S + 2 * args.pairs) * size_of(stat));
+  const int64_t sums = args.parts.parts * 4 * args.H * args.S * size_of(stat);
+  const int64_t rows = (3 + 4 * args.parts.parts) * args.pairs * 8 + args.parts.parts * 2 * args.pairs * size_of(stat);
+  args.workspace = out.workspace(c, c.on_cuda() ? sums : sums + rows);
   return args;
 }
 
