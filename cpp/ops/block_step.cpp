@@ -3,13 +3,15 @@
 // Computes  one decoding step of a block from the kernels of its parts (ops/block_step.h); arXiv 2404.08801 section 3.
 // Layout    x, y (B, D); weights (out, in) as torch has them; the state as in the ops it belongs to; all compact.
 // Mapping   the parts follow each other; each is split over the threads by its own rule. Products with one x share one
-//           parallel loop (core/linear.h).
+//           parallel loop (core/linear_kernel.h).
 // Traffic   every weight, the filled slots of the caches and the state once: bound by reading them. That holds for few
 //           rows; four of them share a load of the weights.
 // Numerics  as the parts; products and residual sums in stat, rounded once. In place: a part reads its state before it
 //           writes it. Independent of the number of threads.
 // Limits    those of the parts.
 #include "ops/block_step.h"
+
+#include "core/linear_kernel.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
