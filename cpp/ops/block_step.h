@@ -198,12 +198,12 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   s.rope.S = s.attention.S = S.size;
   s.rope.C = s.attention.C = C.size;
   s.rope.rope_base = in.rope_base;
-  s.rope.divide();
+  s.rope.divide(c.on_cuda());
   s.value.n = s.gate.n = s.B * s.E;
   s.attention.k_cache = k_cache.data;
   s.attention.v_cache = v_cache.data;
   s.attention.E = v_cache.shape[3];
-  s.attention.divide();
+  s.attention.divide(c.on_cuda());
 
   const Tensor norm_weight = c.optional("norm_weight", in.norm_weight, stat, {D});
   const Tensor norm_bias = c.optional("norm_bias", in.norm_bias, stat, {D});
