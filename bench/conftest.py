@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
 from harness import lines, rows
@@ -18,10 +19,12 @@ from harness import lines, rows
 RESULTS = Path(__file__).parent / "results"
 
 
-def pytest_configure() -> None:
-    """Keeps freed memory in the process (glibc): a fresh output above 32 MB would cost a page fault
-    per 4 KB in every call, several times what the kernel takes; the floor writes to old memory.
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the device, and keeps freed memory in the process (glibc): a fresh output above 32 MB
+    would cost a page fault per 4 KB in every call, several times what the kernel takes; the floor
+    writes to old memory.
     """
+    harness.device = torch.device(config.getoption("--device"))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX
@@ -30,7 +33,9 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=1, help="torch threads of the benches")
+    parser.addoption("--device", default="cpu", help="where ops are timed: cpu or cuda")
     parser.addoption("--save", metavar="NAME", help="write the table to bench/results/NAME.json")
+    parser.addoption("--results", default=str(RESULTS), help="another folder for it")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +47,9 @@ def _threads(request: pytest.FixtureRequest) -> Any:
 
 
 def device_name() -> str:
-    """The CPU's model, as the system calls it."""
+    """The model of the device that ops are timed on, as the system calls it."""
+    if harness.device.type == "cuda":
+        return torch.cuda.get_device_name()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -78,8 +85,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         )
     name = config.getoption("--save")
     if name:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}.json"
+        path = Path(config.getoption("--results")) / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
         document = {
             "device": device_name(),
             "cores": os.cpu_count(),

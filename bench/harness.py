@@ -8,6 +8,7 @@ and reports the median of the per-round ratios, beside that of ours against itse
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class Row:
     peer_ratio: float | None
     noise: float
     error: float
+    device_type: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,6 +49,7 @@ class Row:
 
 rows: list[Row] = []
 lines: list[str] = []  # of benches that are no op's, printed before the table
+device = torch.device("cpu")  # where ops are timed; --device
 
 
 def _time(call: Callable[[], Any], repeats: int) -> float:
@@ -60,16 +63,75 @@ def interleave(
     candidates: dict[str, Callable[[], Any]], rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
     """Milliseconds per call, one entry per round; every round runs all candidates in turn."""
+    timer = _time_on_gpu if device.type == "cuda" else _time
     repeats = {}
     for name, call in candidates.items():
-        call()
-        once = _time(call, 1)
+        for _ in range(WARM_UP[device.type]):
+            call()
+        once = timer(call, 1)
         repeats[name] = max(1, min(1000, int(5.0 / max(once, 1e-4))))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
-            times[name].append(_time(call, repeats[name]))
+            times[name].append(timer(call, repeats[name]))
     return times
+
+
+# ---- on a GPU: not yet run on one --------------------------------------------------------------
+
+WARM_UP = {"cpu": 1, "cuda": 10}
+ROTATED_BYTES = 256 << 20  # at least, and three sets of inputs: several times the L2 cache
+
+
+def _time_on_gpu(call: Callable[[], Any], repeats: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def _moved(args: Sequence[Any]) -> list[Any]:
+    return [a.to(device) if isinstance(a, Tensor) else a for a in args]
+
+
+def _copies(args: Sequence[Any]) -> list[list[Any]]:
+    """Sets of inputs to rotate through, so that none is in the cache when its turn comes."""
+    size = sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+    count = max(3, -(-ROTATED_BYTES // max(size, 1)))
+    return [_clones(args) for _ in range(min(count, 64))]
+
+
+def _rotating(make: Callable[[Sequence[Any]], Callable[[], Any]], args: Sequence[Any]) -> Any:
+    """A call that replays a graph of one set of inputs after the other; where a peer cannot be
+    captured, the calls themselves.
+    """
+    calls = [make(copy) for copy in _copies(args)]
+    try:
+        replays = [_captured(call) for call in calls]
+    except RuntimeError:
+        torch.cuda.synchronize()
+        replays = calls
+    turns = itertools.cycle(replays)
+    return lambda: next(turns)()
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+# ---- floors ------------------------------------------------------------------------------------
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
@@ -79,15 +141,17 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def clone_floor(nbytes: int) -> Callable[[], Any]:
     """A copy that reads and writes ``nbytes`` in all."""
-    source = torch.randn(max(1, nbytes // 8))
+    source = torch.randn(max(1, nbytes // 8), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def fma_floor(flops: int) -> Callable[[], Any]:
-    """A multiplication of square matrices that stay in cache, with about ``flops`` FLOPs in all."""
-    n = 256
-    a, b, c = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    """A multiplication of square matrices that stay in cache, with about ``flops`` FLOPs in all (at
+    least one multiplication: on a GPU, ratios of small ops are to be read with that in mind).
+    """
+    n = 256 if device.type == "cpu" else 4096
+    a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
     count = max(1, round(flops / (2 * n**3)))
 
     def call() -> None:
@@ -100,11 +164,14 @@ def fma_floor(flops: int) -> Callable[[], Any]:
 def relative_error(op: Op, args: Sequence[Any]) -> float:
     """Of the first output against the float64 reference: ||e|| / ||ref||."""
     exact = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-    ours = [a.clone() if isinstance(a, Tensor) else a for a in args]  # an op may write to them
-    with torch.no_grad():
-        got, wanted = op.overload(*ours), op.reference(*exact)
+    with torch.no_grad():  # an op may write to its inputs
+        got, wanted = op.overload(*_clones(args)), op.reference(*exact)
     got, wanted = (o[0] if isinstance(o, tuple) else o for o in (got, wanted))
     return ((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()
+
+
+def _clones(args: Sequence[Any]) -> list[Any]:
+    return [a.clone() if isinstance(a, Tensor) else a for a in args]
 
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float64: 1e-12}
@@ -126,6 +193,7 @@ def measure(
     ``floor`` is "clone" (bytes) or "fma" (FLOPs) of the op's cost model; with the backward pass
     that of forward plus twice the forward. ``peers`` take the same arguments as the op.
     """
+    args, small_args = _moved(args), _moved(small_args)
     dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
     error = relative_error(op, small_args)
     assert error <= BOUNDS[dtype], f"{op.name}: wrong before it is fast: relative error {error:.2e}"
@@ -164,6 +232,7 @@ def measure(
         peer_ratio=ratio(times[best], times["ours"]) if best else None,
         noise=ratio(times["again"], times["ours"]),
         error=error,
+        device_type=device.type,
     )
     benchmark.extra_info.update(row.as_dict())
     rows.append(row)
@@ -171,6 +240,14 @@ def measure(
 
 
 def _runner(function: Callable[..., Any], args: Sequence[Any], backward: bool) -> Callable[[], Any]:
+    if device.type == "cuda":
+        return _rotating(lambda copy: _one_call(function, copy, backward), args)
+    return _one_call(function, args, backward)
+
+
+def _one_call(
+    function: Callable[..., Any], args: Sequence[Any], backward: bool
+) -> Callable[[], Any]:
     if not backward:
 
         def forward() -> None:

@@ -5,6 +5,7 @@
     cuda      tests/test_cuda.py: graphs, streams, devices, size, repeats, CuPy
     sanitize  compute-sanitizer's four tools on a short set, where they work
     ceilings  copy bandwidth and the rate of a bfloat16 GEMM, beside which all times are read
+    bench     the benches of the ops that have a CUDA kernel, to bench/results (or $OUT)
 
 Needs no network: Python with torch, pytest and hypothesis, nvcc, cmake and ninja. Every part writes
 its result into one json at once, so that a run that was cut off goes on with the parts it lacks.
@@ -153,13 +154,26 @@ def _median_ms(call: Callable[[], Any], warm_up: int = 10, repeats: int = 50) ->
     return sorted(times)[len(times) // 2]
 
 
+def bench() -> dict[str, Any]:
+    files = [f for op in OPS if (f := ROOT / "bench" / f"bench_{op}.py").exists()]
+    save = ("--device", "cuda", "--save", _device_slug(), "--results", RESULTS)
+    return pytest(*files, *save, limit=540)
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "build": build,
     "test": test,
     "cuda": cuda,
     "sanitize": sanitize,
     "ceilings": ceilings,
+    "bench": bench,
 }
+
+
+def _device_slug() -> str:
+    import torch
+
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
 def _facts() -> dict[str, Any]:
@@ -195,8 +209,7 @@ def main() -> int:
         print("gpu-check: torch sees no GPU on this machine", file=sys.stderr)
         return 1
     facts = _facts()
-    name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = RESULTS / f"gpu-check-{name}.json"
+    path = RESULTS / f"gpu-check-{_device_slug()}.json"
     document = json.loads(path.read_text()) if path.exists() else {}
     if document.get("commit") != facts["commit"]:
         document = {}
