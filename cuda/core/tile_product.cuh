@@ -10,6 +10,15 @@ namespace megalodon::cuda {
 
 constexpr int kTileThreads = 256;
 
+template <class A, int kRows, int kColumns>
+DEVICE void clear_sums(A (&sum)[kRows][kColumns]) {
+  UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    UNROLL
+    for (int c = 0; c < kColumns; ++c) sum[r][c] = 0;
+  }
+}
+
 // Products in A, by plain multiply-adds: a thread holds squares of 4 x 4 sums, 64 rows and columns apart.
 template <class A, int kSize>
 struct FmaTile {
@@ -18,34 +27,30 @@ struct FmaTile {
   static constexpr int kTile = kSize;
   static constexpr int kDepth = 16;  // of a slab
   static constexpr int kRows = kSize / 16, kColumns = kSize / 16, kRun = 4;
-  static constexpr int kRowLanes = 16;   // neighbouring lanes that share their rows
-  static constexpr int kRowWarps = 1;    // warps that share their rows
-  static constexpr int kPad = 4;         // keeps transposing stores off the same banks
-  using Slab = A[kDepth][kSize + kPad];  // of one operand
-  using Slabs = Slab[2][2];              // stages, operands
+  static constexpr int kRowLanes = 16;       // neighbouring lanes that share their rows,
+  static constexpr int kRowColumns = kSize;  // and so many columns of them
+  static constexpr int kPad = 4;             // keeps transposing stores off the same banks
+  struct alignas(16) Slab {                  // of one operand
+    A v[kDepth][kSize + kPad];
+  };
+  using Slabs = Slab[2][2];  // stages, operands
 
   A sum[kRows][kColumns];
 
   static DEVICE int row(int r) { return r / 4 * 64 + static_cast<int>(threadIdx.x) / 16 * 4 + r % 4; }
   static DEVICE int column(int c) { return c / 4 * 64 + static_cast<int>(threadIdx.x) % 16 * 4 + c % 4; }
 
-  DEVICE void clear() {
-    UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      UNROLL
-      for (int c = 0; c < kColumns; ++c) sum[r][c] = 0;
-    }
-  }
+  DEVICE void clear() { clear_sums(sum); }
 
   // Neighbouring elements of an operand, from (row, depth) on, into its slab.
   template <bool kAlongDepth, class T, int V>
   static DEVICE void put(Slab& slab, int row, int depth, const Pack<T, V>& pack) {
     if constexpr (kAlongDepth) {
       UNROLL
-      for (int i = 0; i < V; ++i) slab[depth + i][row] = widen(pack.v[i]);
+      for (int i = 0; i < V; ++i) slab.v[depth + i][row] = widen(pack.v[i]);
     } else {
       UNROLL
-      for (int i = 0; i < V; ++i) slab[depth][row + i] = widen(pack.v[i]);
+      for (int i = 0; i < V; ++i) slab.v[depth][row + i] = widen(pack.v[i]);
     }
   }
 
@@ -55,9 +60,9 @@ struct FmaTile {
     for (int d = 0; d < kDepth; ++d) {
       Pack<A, 4> a[kRows / 4], b[kColumns / 4];
       UNROLL
-      for (int g = 0; g < kRows / 4; ++g) a[g] = load<4>(&a_slab[d][row(4 * g)]);
+      for (int g = 0; g < kRows / 4; ++g) a[g] = load<4>(&a_slab.v[d][row(4 * g)]);
       UNROLL
-      for (int g = 0; g < kColumns / 4; ++g) b[g] = load<4>(&b_slab[d][column(4 * g)]);
+      for (int g = 0; g < kColumns / 4; ++g) b[g] = load<4>(&b_slab.v[d][column(4 * g)]);
       UNROLL
       for (int r = 0; r < kRows; ++r) {
         UNROLL

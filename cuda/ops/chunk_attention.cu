@@ -50,6 +50,8 @@ void for_rounds(int64_t heads, int64_t tiles, int64_t strips, Body&& body) {
   }
 }
 
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
 char* aligned(void* workspace) {
   return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(workspace), kAlignment));
 }
@@ -60,18 +62,19 @@ template <class Tile>
 struct ForwardScratch {
   using A = typename Tile::Sum;
   typename Tile::Weight* weights;  // [strips, key_tiles, kTile, kTile]
-  A* maxima;                       // [strips, key_tiles, kTile]
+  A* maxima;                       // [strips, key_tiles, parts, kTile]
   A* sums;                         // likewise
   int64_t key_tiles, strips;
+  static constexpr int kParts = Tile::kTile / Tile::kRowColumns;  // of a row, each with its own maximum
 
   ForwardScratch(const ChunkAttentionForward& args) {
     constexpr int64_t kTile = Tile::kTile;
     key_tiles = ceil_div(keys_of_chunk(args.L, args.C, args.cached), kTile);
     const int64_t rows = key_tiles * kTile;
-    strips = args.scratch / (rows * (kTile * int64_t{sizeof(typename Tile::Weight)} + 2 * int64_t{sizeof(A)}));
+    strips = args.scratch / (rows * (kTile * int64_t{sizeof(typename Tile::Weight)} + 2 * kParts * int64_t{sizeof(A)}));
     weights = reinterpret_cast<typename Tile::Weight*>(aligned(args.workspace));
     maxima = reinterpret_cast<A*>(weights + strips * rows * kTile);
-    sums = maxima + strips * rows;
+    sums = maxima + strips * rows * kParts;
   }
 };
 
@@ -104,6 +107,8 @@ __global__ void __launch_bounds__(kTileThreads)
       const A other = shuffle_xor(best, bits);
       best = other > best ? other : best;
     }
+    // Weights that are stored as 16-bit numbers are relative to a power of two, so that rescaling them is exact.
+    if constexpr (sizeof(typename Tile::Weight) < sizeof(A)) best = ceil(best * kLog2E) * kLn2;
     const A shift = best == -static_cast<A>(INFINITY) ? A(0) : best;  // nothing visible
     A sum = 0;
     UNROLL
@@ -111,8 +116,9 @@ __global__ void __launch_bounds__(kTileThreads)
     UNROLL
     for (int bits = Tile::kRowLanes / 2; bits > 0; bits /= 2) sum += shuffle_xor(sum, bits);
     if (threadIdx.x % Tile::kRowLanes == 0) {
-      scratch.maxima[index * kTile + Tile::row(r)] = best;
-      scratch.sums[index * kTile + Tile::row(r)] = sum;
+      const int64_t part = index * scratch.kParts + Tile::column(0) / Tile::kRowColumns;
+      scratch.maxima[part * kTile + Tile::row(r)] = best;
+      scratch.sums[part * kTile + Tile::row(r)] = sum;
     }
   }
   typename Tile::Weight* weights = scratch.weights + index * kTile * kTile;
@@ -137,19 +143,21 @@ __global__ void __launch_bounds__(kTileThreads)
   if (query >= chunk.keys) return;
   const int64_t end = query + kTile < chunk.keys ? query + kTile : chunk.keys;
   const int64_t column = int64_t{blockIdx.x} * kTile;
-  const A* maxima = scratch.maxima + strip * scratch.key_tiles * kTile;
-  const A* sums = scratch.sums + strip * scratch.key_tiles * kTile;
+  const A* maxima = scratch.maxima + strip * scratch.key_tiles * scratch.kParts * kTile;
+  const A* sums = scratch.sums + strip * scratch.key_tiles * scratch.kParts * kTile;
   if (threadIdx.x < kTile) {
     const A lowest = -static_cast<A>(INFINITY);
     A best = lowest;
-    for (int64_t key = 0; key < end; key += kTile) {
-      const A other = maxima[key + threadIdx.x];
+    const int64_t parts = ceil_div(end, Tile::kRowColumns);
+    for (int64_t part = 0; part < parts; ++part) {
+      const A other = maxima[part * kTile + threadIdx.x];
       best = other > best ? other : best;
     }
     const A shift = best == lowest ? A(0) : best;
     A sum = 0;
-    for (int64_t key = 0; key < end; key += kTile) {
-      sum += sums[key + threadIdx.x] * exp(maxima[key + threadIdx.x] - shift);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t i = part * kTile + threadIdx.x;
+      sum += sums[i] * exp(maxima[i] - shift);
     }
     maximum[threadIdx.x] = shift;
     inverse[threadIdx.x] = sum == 0 ? A(0) : A(1) / sum;
@@ -415,13 +423,14 @@ void backward(const ChunkAttentionBackward& args, void* stream) {
 template <class T, class F>
 void visit_tile(const ChunkAttention& args, bool packed, F&& f) {
   using A = stat_t<T>;
+  constexpr bool kIsHalf = sizeof(T) == 2;
+  using Small = std::conditional_t<kIsHalf, MmaTile<T, 64>, FmaTile<A, 64>>;
+  using Large = std::conditional_t<kIsHalf, MmaTile<T, 128>, FmaTile<A, 128>>;
   if (!packed) return f(TypeTag<FmaTile<A, 64>>{}, std::false_type{});
   if constexpr (!std::is_same_v<T, double>) {
-    if (gpu_tile(args.dtype, queries_of_chunk(args.L, args.C)) > 64) {
-      return f(TypeTag<FmaTile<A, 128>>{}, std::true_type{});
-    }
+    if (gpu_tile(args.dtype, queries_of_chunk(args.L, args.C)) > 64) return f(TypeTag<Large>{}, std::true_type{});
   }
-  f(TypeTag<FmaTile<A, 64>>{}, std::true_type{});
+  f(TypeTag<Small>{}, std::true_type{});
 }
 
 template <class T, class... Pointers>

@@ -1,6 +1,7 @@
 // What the kernels of chunk_attention are made of: the operands of their products, and what a tile of scores is.
 #pragma once
 
+#include "core/mma.cuh"
 #include "core/philox.h"
 #include "core/tile_product.cuh"
 #include "ops/chunk_attention.h"
@@ -55,18 +56,18 @@ struct WeightsOperand {
   }
 };
 
-// The same, with the rows of each tile brought from the tile's own maximum to the row's.
+// The same, with the rows of each part of kRowColumns brought from that part's maximum to the whole row's.
 template <class Tile>
 struct RescaledWeightsOperand : WeightsOperand<Tile, true> {
   using Base = WeightsOperand<Tile, true>;
   using A = typename Tile::Sum;
   using Weight = typename Tile::Weight;
-  const A* tile_maximum;  // [tiles, kTile]
+  const A* part_maximum;  // [parts, kTile]
   const A* maximum;       // [kTile], in shared memory
 
   DEVICE Pack<Weight, Base::kPack> load(int64_t row, int64_t depth) const {
     Pack<Weight, Base::kPack> pack = Base::load(row, depth);
-    const A scale = exp(tile_maximum[depth / Tile::kTile * Tile::kTile + row] - maximum[row]);
+    const A scale = exp(part_maximum[depth / Tile::kRowColumns * Tile::kTile + row] - maximum[row]);
     UNROLL
     for (int i = 0; i < Base::kPack; ++i) pack.v[i] = narrow<Weight>(widen(pack.v[i]) * scale);
     return pack;
