@@ -80,7 +80,7 @@ struct ForwardScratch {
 
 // Block (key tile, query tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 : 1)
     chunk_attention_weigh_kernel(ChunkAttentionForward args, Round round, ForwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // Block (tile of columns of o, query tile, head). The first one of the columns also writes lse.
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
     chunk_attention_forward_kernel(ChunkAttentionForward args, Round round, ForwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // Block (query tile, key tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 : 1)
     chunk_attention_weigh_backward_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   using Weight = typename Tile::Weight;
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // Block (tile of columns of dv, then of dk; key tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kPacked && (Tile::kTile == 64 || sizeof(T) == 2) ? 2 : 1)
     chunk_attention_dkv_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // Block (query tile, tile of columns of dq, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 : 1)
     chunk_attention_dq_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
