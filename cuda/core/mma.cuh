@@ -163,6 +163,43 @@ struct MmaTile {
     store(slab.v + place<kAlongDepth>(row, depth), pack);
   }
 
+  // put(row, column, pack) for all of the sums, as packs of neighbours in U. The whole warp calls it: of 16-bit numbers
+  // the four lanes that share a row exchange pairs, so that each has 8 of one matrix to store at once.
+  template <class U, class Put>
+  DEVICE void for_packs(Put&& put) const {
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (sizeof(U) == 2) {
+        UNROLL
+        for (int c = 0; c < kColumns; c += 8) {
+          uint32_t w[4];  // a pair of each of four matrices
+          UNROLL
+          for (int i = 0; i < 4; ++i) w[i] = bits_as<uint32_t>(narrow_run<U, 2>(&sum[r][c + 2 * i]));
+          UNROLL
+          for (int i = 0; i < 4; i += 2) exchange(w[i], w[i + 1], 1);
+          UNROLL
+          for (int i = 0; i < 2; ++i) exchange(w[i], w[i + 2], 2);
+          Pack<U, 8> pack;
+          UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const auto pair = bits_as<Pack<U, 2>>(w[i]);
+            pack.v[2 * i] = pair.v[0], pack.v[2 * i + 1] = pair.v[1];
+          }
+          put(row(r), warp_column() + (c / 2 + lane() % 4) * 8, pack);
+        }
+      } else {
+        UNROLL
+        for (int c = 0; c < kColumns; c += kRun) put(row(r), column(c), narrow_run<U, kRun>(&sum[r][c]));
+      }
+    }
+  }
+  // The lane without the bit gives `second` for the other one's `first`.
+  static DEVICE void exchange(uint32_t& first, uint32_t& second, int bit) {
+    const bool is_upper = (lane() & bit) != 0;
+    const uint32_t taken = shuffle_xor(is_upper ? first : second, bit);
+    (is_upper ? first : second) = taken;
+  }
+
   template <bool kADepth, bool kBDepth>
   DEVICE void add(const Slab& a_slab, const Slab& b_slab) {
     const int in_matrix = lane() % 8, low = lane() / 8 % 2 * 8, high = lane() / 16 * 8;

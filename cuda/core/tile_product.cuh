@@ -19,6 +19,14 @@ DEVICE void clear_sums(A (&sum)[kRows][kColumns]) {
   }
 }
 
+template <class T, int n>
+DEVICE Pack<T, n> narrow_run(const stat_t<T>* values) {
+  Pack<T, n> pack;
+  UNROLL
+  for (int i = 0; i < n; ++i) pack.v[i] = narrow<T>(values[i]);
+  return pack;
+}
+
 // Products in A, by plain multiply-adds: a thread holds squares of 4 x 4 sums, 64 rows and columns apart.
 template <class A, int kSize>
 struct FmaTile {
@@ -54,6 +62,16 @@ struct FmaTile {
     }
   }
 
+  // put(row, column, pack) for all of the thread's sums, as packs of neighbours in T.
+  template <class T, class Put>
+  DEVICE void for_packs(Put&& put) const {
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      UNROLL
+      for (int c = 0; c < kColumns; c += kRun) put(row(r), column(c), narrow_run<T, kRun>(&sum[r][c]));
+    }
+  }
+
   template <bool kADepth, bool kBDepth>
   DEVICE void add(const Slab& a_slab, const Slab& b_slab) {
     UNROLL
@@ -72,37 +90,47 @@ struct FmaTile {
   }
 };
 
-// One thread's part of an operand's slab, on its way from global to shared memory. An operand has load(row, depth), the
-// kPack elements from there on, contiguous along its depth (kAlongDepth) or its rows; zeros where there are none.
+// One thread's part of an operand's slab, on its way from global to shared memory: packs of kPack elements that are
+// contiguous along the operand's depth (kAlongDepth) or its rows. The operand has load(row, depth), zeros where there
+// is nothing; along its depth, load(line(row), row, depth), since a thread's rows stay the same.
 template <class Tile, class Operand>
 struct Staged {
+  using Element = typename Operand::Element;
   static constexpr int V = Operand::kPack;
+  static constexpr bool kAlongDepth = Operand::kAlongDepth;
   static constexpr int kPacks = Tile::kTile * Tile::kDepth / V;
   static constexpr int kHeld = (kPacks + kTileThreads - 1) / kTileThreads;
-  static constexpr int kPerLine = (Operand::kAlongDepth ? Tile::kDepth : Tile::kTile) / V;
+  static constexpr int kPerLine = (kAlongDepth ? Tile::kDepth : Tile::kTile) / V;
 
-  Pack<typename Operand::Element, V> packs[kHeld];
+  const Element* lines[kAlongDepth ? kHeld : 1];
+  Pack<Element, V> packs[kHeld];
 
-  static DEVICE int line(int p) { return p / kPerLine; }
-  static DEVICE int place(int p) { return p % kPerLine * V; }
+  static DEVICE int pack_index(int i) { return static_cast<int>(threadIdx.x) + i * kTileThreads; }
+  static DEVICE bool is_mine(int i) { return kPacks % kTileThreads == 0 || pack_index(i) < kPacks; }
+  static DEVICE int row(int i) { return kAlongDepth ? pack_index(i) / kPerLine : pack_index(i) % kPerLine * V; }
+  static DEVICE int depth(int i) { return kAlongDepth ? pack_index(i) % kPerLine * V : pack_index(i) / kPerLine; }
 
-  DEVICE void fetch(const Operand& operand, int64_t depth) {
+  DEVICE explicit Staged(const Operand& operand) {
+    if constexpr (kAlongDepth) {
+      UNROLL
+      for (int i = 0; i < kHeld; ++i) lines[i] = is_mine(i) ? operand.line(row(i)) : nullptr;
+    }
+  }
+  DEVICE void fetch(const Operand& operand, int64_t from) {
     UNROLL
     for (int i = 0; i < kHeld; ++i) {
-      const int p = static_cast<int>(threadIdx.x) + i * kTileThreads;
-      if (kPacks % kTileThreads != 0 && p >= kPacks) return;
-      packs[i] =
-          Operand::kAlongDepth ? operand.load(line(p), depth + place(p)) : operand.load(place(p), depth + line(p));
+      if (!is_mine(i)) return;
+      if constexpr (kAlongDepth) {
+        packs[i] = operand.load(lines[i], row(i), from + depth(i));
+      } else {
+        packs[i] = operand.load(row(i), from + depth(i));
+      }
     }
   }
   DEVICE void put(typename Tile::Slab& slab) const {
     UNROLL
     for (int i = 0; i < kHeld; ++i) {
-      const int p = static_cast<int>(threadIdx.x) + i * kTileThreads;
-      if (kPacks % kTileThreads != 0 && p >= kPacks) return;
-      const int row = Operand::kAlongDepth ? line(p) : place(p);
-      const int depth = Operand::kAlongDepth ? place(p) : line(p);
-      Tile::template put<Operand::kAlongDepth>(slab, row, depth, packs[i]);
+      if (is_mine(i)) Tile::template put<kAlongDepth>(slab, row(i), depth(i), packs[i]);
     }
   }
 };
@@ -112,8 +140,8 @@ struct Staged {
 template <class Tile, class A, class B>
 DEVICE void multiply(Tile& tile, typename Tile::Slabs& slabs, int64_t begin, int64_t end, const A& a, const B& b) {
   if (begin >= end) return;
-  Staged<Tile, A> staged_a;
-  Staged<Tile, B> staged_b;
+  Staged<Tile, A> staged_a(a);
+  Staged<Tile, B> staged_b(b);
   staged_a.fetch(a, begin);
   staged_b.fetch(b, begin);
   sync_block();  // the slabs of an earlier product have been read

@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 
     }
   }
   typename Tile::Weight* weights = scratch.weights + index * kTile * kTile;
-  for_runs<typename Tile::Weight>(
-      tile, [&](int r, int c, const auto& pack) { store(weights + Tile::row(r) * kTile + c, pack); });
+  tile.template for_packs<typename Tile::Weight>(
+      [&](int r, int c, const auto& pack) { store(weights + r * kTile + c, pack); });
 }
 
 // Block (tile of columns of o, query tile, head). The first one of the columns also writes lse.
@@ -294,7 +294,8 @@ __global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 
   const int64_t offset = (round.strip() * scratch.query_tiles + blockIdx.x) * kTile * kTile;
   Weight* P = scratch.P + offset;
   Weight* dS = scratch.dS + offset;
-  for_runs<Weight>(tile, [&](int r, int c, const auto& pack) { store(P + Tile::row(r) * kTile + c, pack); });
+  tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(P + r * kTile + c, pack); });
+  sync_warp();  // the weights are there: lanes that share a row have stored each other's
   tile.clear();
   multiply(tile, slabs, 0, args.E, RowsOperand<T, V, true>{douts, at.query, chunk.keys, 0, args.E},
            RowsOperand<T, V, true>{values, at.key, chunk.keys, 0, args.E});
@@ -313,12 +314,12 @@ __global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 
       }
     }
   }
-  for_runs<Weight>(tile, [&](int r, int c, const auto& pack) { store(dS + Tile::row(r) * kTile + c, pack); });
+  tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(dS + r * kTile + c, pack); });
 }
 
 // Block (tile of columns of dv, then of dk; key tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked && (Tile::kTile == 64 || sizeof(T) == 2) ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
     chunk_attention_dkv_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;

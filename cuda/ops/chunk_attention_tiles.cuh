@@ -32,11 +32,15 @@ struct RowsOperand {
   Rows<const T> rows;
   int64_t begin, end, column, columns;
 
-  DEVICE Pack<T, V> load(int64_t row, int64_t depth) const {
-    const int64_t place = begin + (kAlongDepth ? row : depth);
-    const int64_t c = column + (kAlongDepth ? depth : row);
-    if (place >= end || c >= columns) return Pack<T, V>{};
-    return cuda::load<V>(rows.row(place) + c);
+  DEVICE const T* line(int row) const { return begin + row < end ? rows.row(begin + row) + column : nullptr; }
+  DEVICE Pack<T, V> load(const T* line, int, int64_t depth) const {
+    if (line == nullptr || column + depth >= columns) return Pack<T, V>{};
+    return cuda::load<V>(line + depth);
+  }
+  DEVICE Pack<T, V> load(int row, int64_t depth) const {
+    const int64_t place = begin + depth;
+    if (place >= end || column + row >= columns) return Pack<T, V>{};
+    return cuda::load<V>(rows.row(place) + column + row);
   }
 };
 
@@ -50,9 +54,12 @@ struct WeightsOperand {
   const Element* weights;
   int64_t tile_stride;
 
-  DEVICE Pack<Element, kPack> load(int64_t row, int64_t depth) const {
-    const Element* tile = weights + depth / kTile * tile_stride;
-    return cuda::load<kPack>(tile + (kAlongDepth ? row * kTile + depth % kTile : depth % kTile * kTile + row));
+  DEVICE const Element* line(int row) const { return weights + row * kTile; }
+  DEVICE Pack<Element, kPack> load(const Element* line, int, int64_t depth) const {
+    return cuda::load<kPack>(line + depth / kTile * tile_stride + depth % kTile);
+  }
+  DEVICE Pack<Element, kPack> load(int row, int64_t depth) const {
+    return cuda::load<kPack>(weights + depth / kTile * tile_stride + depth % kTile * kTile + row);
   }
 };
 
@@ -65,8 +72,8 @@ struct RescaledWeightsOperand : WeightsOperand<Tile, true> {
   const A* part_maximum;  // [parts, kTile]
   const A* maximum;       // [kTile], in shared memory
 
-  DEVICE Pack<Weight, Base::kPack> load(int64_t row, int64_t depth) const {
-    Pack<Weight, Base::kPack> pack = Base::load(row, depth);
+  DEVICE Pack<Weight, Base::kPack> load(const Weight* line, int row, int64_t depth) const {
+    Pack<Weight, Base::kPack> pack = Base::load(line, row, depth);
     const A scale = exp(part_maximum[depth / Tile::kRowColumns * Tile::kTile + row] - maximum[row]);
     UNROLL
     for (int i = 0; i < Base::kPack; ++i) pack.v[i] = narrow<Weight>(widen(pack.v[i]) * scale);
@@ -133,27 +140,12 @@ DEVICE void hide_keys(Tile& tile, const ChunkAttention& args, const ScoreTile& a
   }
 }
 
-// Writes a thread's kRun sums at a time: put(r, column, pack).
-template <class T, class Tile, class Put>
-DEVICE void for_runs(const Tile& tile, Put&& put) {
-  UNROLL
-  for (int r = 0; r < Tile::kRows; ++r) {
-    UNROLL
-    for (int c = 0; c < Tile::kColumns; c += Tile::kRun) {
-      Pack<T, Tile::kRun> pack;
-      UNROLL
-      for (int i = 0; i < Tile::kRun; ++i) pack.v[i] = narrow<T>(tile.sum[r][c + i]);
-      put(r, Tile::column(c), pack);
-    }
-  }
-}
-
 // The tile into rows `begin` .. end - 1 of a chunk's tensor, from column `column` of `columns` on.
 template <bool kPacked, class T, class Tile>
 DEVICE void write_rows(const Tile& tile, const Rows<T>& rows, int64_t begin, int64_t end, int64_t column,
                        int64_t columns) {
-  for_runs<T>(tile, [&](int r, int c, const Pack<T, Tile::kRun>& pack) {
-    const int64_t place = begin + Tile::row(r);
+  tile.template for_packs<T>([&](int r, int c, const auto& pack) {
+    const int64_t place = begin + r;
     if (place >= end) return;
     T* to = rows.row(place) + column + c;
     if constexpr (kPacked) {
