@@ -134,6 +134,7 @@ struct MmaTile {
   using Weight = T;
   static constexpr int kTile = kSize;
   static constexpr int kDepth = 32;
+  static constexpr bool kCopies = true;
   static constexpr int kWarpRows = kSize / 4, kWarpColumns = kSize / 2;
   static constexpr int kRows = kWarpRows / 8, kColumns = kWarpColumns / 4, kRun = 2;
   static constexpr int kRowLanes = 4;
@@ -159,8 +160,13 @@ struct MmaTile {
   }
 
   template <bool kAlongDepth>
+  static DEVICE T* place_of(Slab& slab, int row, int depth) {
+    return slab.v + place<kAlongDepth>(row, depth);
+  }
+
+  template <bool kAlongDepth>
   static DEVICE void put(Slab& slab, int row, int depth, const Pack<T, 8>& pack) {
-    store(slab.v + place<kAlongDepth>(row, depth), pack);
+    store(place_of<kAlongDepth>(slab, row, depth), pack);
   }
 
   // put(row, column, pack) for all of the sums, as packs of neighbours in U. The whole warp calls it: of 16-bit numbers

@@ -33,7 +33,8 @@ struct FmaTile {
   using Sum = A;
   using Weight = A;  // what intermediate matrices are stored as
   static constexpr int kTile = kSize;
-  static constexpr int kDepth = 16;  // of a slab
+  static constexpr int kDepth = 16;       // of a slab
+  static constexpr bool kCopies = false;  // slabs hold A, transposed where need be
   static constexpr int kRows = kSize / 16, kColumns = kSize / 16, kRun = 4;
   static constexpr int kRowLanes = 16;       // neighbouring lanes that share their rows,
   static constexpr int kRowColumns = kSize;  // and so many columns of them
@@ -91,19 +92,22 @@ struct FmaTile {
 };
 
 // One thread's part of an operand's slab, on its way from global to shared memory: packs of kPack elements that are
-// contiguous along the operand's depth (kAlongDepth) or its rows. The operand has load(row, depth), zeros where there
-// is nothing; along its depth, load(line(row), row, depth), since a thread's rows stay the same.
+// contiguous along the operand's depth (kAlongDepth) or its rows. The operand says where the pack from (row, depth) on
+// is, nullptr where there is nothing, which means zeros: at(row, depth), or at(line(row), depth) along the depth, since
+// a thread's rows stay the same. If it kChanges, change(pack, row, depth) follows; if not, and the tile keeps the
+// elements as they are (kCopies), packs do not pass through registers.
 template <class Tile, class Operand>
 struct Staged {
   using Element = typename Operand::Element;
   static constexpr int V = Operand::kPack;
   static constexpr bool kAlongDepth = Operand::kAlongDepth;
+  static constexpr bool kIsAsync = Tile::kCopies && !Operand::kChanges;
   static constexpr int kPacks = Tile::kTile * Tile::kDepth / V;
   static constexpr int kHeld = (kPacks + kTileThreads - 1) / kTileThreads;
   static constexpr int kPerLine = (kAlongDepth ? Tile::kDepth : Tile::kTile) / V;
 
   const Element* lines[kAlongDepth ? kHeld : 1];
-  Pack<Element, V> packs[kHeld];
+  Pack<Element, V> packs[kIsAsync ? 1 : kHeld];
 
   static DEVICE int pack_index(int i) { return static_cast<int>(threadIdx.x) + i * kTileThreads; }
   static DEVICE bool is_mine(int i) { return kPacks % kTileThreads == 0 || pack_index(i) < kPacks; }
@@ -116,21 +120,32 @@ struct Staged {
       for (int i = 0; i < kHeld; ++i) lines[i] = is_mine(i) ? operand.line(row(i)) : nullptr;
     }
   }
-  DEVICE void fetch(const Operand& operand, int64_t from) {
+  // Begins to bring the slab at depth `from`; nobody may be reading `slab` any more.
+  DEVICE void fetch(const Operand& operand, int64_t from, typename Tile::Slab& slab) {
     UNROLL
     for (int i = 0; i < kHeld; ++i) {
       if (!is_mine(i)) return;
+      const Element* address;
       if constexpr (kAlongDepth) {
-        packs[i] = operand.load(lines[i], row(i), from + depth(i));
+        address = operand.at(lines[i], from + depth(i));
       } else {
-        packs[i] = operand.load(row(i), from + depth(i));
+        address = operand.at(row(i), from + depth(i));
+      }
+      if constexpr (kIsAsync) {
+        async_copy16(Tile::template place_of<kAlongDepth>(slab, row(i), depth(i)), address, address != nullptr);
+      } else {
+        packs[i] = address == nullptr ? Pack<Element, V>{} : load<V>(address);
+        if constexpr (Operand::kChanges) operand.change(packs[i], row(i), from + depth(i));
       }
     }
   }
+  // Ends it, for this thread.
   DEVICE void put(typename Tile::Slab& slab) const {
-    UNROLL
-    for (int i = 0; i < kHeld; ++i) {
-      if (is_mine(i)) Tile::template put<kAlongDepth>(slab, row(i), depth(i), packs[i]);
+    if constexpr (!kIsAsync) {
+      UNROLL
+      for (int i = 0; i < kHeld; ++i) {
+        if (is_mine(i)) Tile::template put<kAlongDepth>(slab, row(i), depth(i), packs[i]);
+      }
     }
   }
 };
@@ -142,24 +157,28 @@ DEVICE void multiply(Tile& tile, typename Tile::Slabs& slabs, int64_t begin, int
   if (begin >= end) return;
   Staged<Tile, A> staged_a(a);
   Staged<Tile, B> staged_b(b);
-  staged_a.fetch(a, begin);
-  staged_b.fetch(b, begin);
+  const auto fetch = [&](int64_t depth, int stage) {
+    staged_a.fetch(a, depth, slabs[stage][0]);
+    staged_b.fetch(b, depth, slabs[stage][1]);
+    if constexpr (Tile::kCopies) async_commit();
+  };
+  const auto put = [&](int stage) {
+    staged_a.put(slabs[stage][0]);
+    staged_b.put(slabs[stage][1]);
+    if constexpr (Tile::kCopies) async_wait<0>();
+  };
   sync_block();  // the slabs of an earlier product have been read
-  staged_a.put(slabs[0][0]);
-  staged_b.put(slabs[0][1]);
+  fetch(begin, 0);
+  put(0);
   sync_block();  // the first slab is there
   int stage = 0;
   for (int64_t depth = begin; depth < end; depth += Tile::kDepth) {
     const int64_t next = depth + Tile::kDepth;
-    if (next < end) {
-      staged_a.fetch(a, next);
-      staged_b.fetch(b, next);
-    }
+    if (next < end) fetch(next, stage ^ 1);
     tile.template add<A::kAlongDepth, B::kAlongDepth>(slabs[stage][0], slabs[stage][1]);
     stage ^= 1;
     if (next < end) {
-      staged_a.put(slabs[stage][0]);
-      staged_b.put(slabs[stage][1]);
+      put(stage);
       sync_block();  // the next slab is there, and the one before it has been read
     }
   }

@@ -80,7 +80,7 @@ struct ForwardScratch {
 
 // Block (key tile, query tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
     chunk_attention_weigh_kernel(ChunkAttentionForward args, Round round, ForwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // Block (query tile, key tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
     chunk_attention_weigh_backward_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   using Weight = typename Tile::Weight;
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
 
 // Block (query tile, tile of columns of dq, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked&& Tile::kTile == 64 ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
     chunk_attention_dq_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;

@@ -28,19 +28,17 @@ template <class T, int V, bool along_depth>
 struct RowsOperand {
   using Element = T;
   static constexpr int kPack = V;
-  static constexpr bool kAlongDepth = along_depth;
+  static constexpr bool kAlongDepth = along_depth, kChanges = false;
   Rows<const T> rows;
   int64_t begin, end, column, columns;
 
   DEVICE const T* line(int row) const { return begin + row < end ? rows.row(begin + row) + column : nullptr; }
-  DEVICE Pack<T, V> load(const T* line, int, int64_t depth) const {
-    if (line == nullptr || column + depth >= columns) return Pack<T, V>{};
-    return cuda::load<V>(line + depth);
+  DEVICE const T* at(const T* line, int64_t depth) const {
+    return line == nullptr || column + depth >= columns ? nullptr : line + depth;
   }
-  DEVICE Pack<T, V> load(int row, int64_t depth) const {
+  DEVICE const T* at(int row, int64_t depth) const {
     const int64_t place = begin + depth;
-    if (place >= end || column + row >= columns) return Pack<T, V>{};
-    return cuda::load<V>(rows.row(place) + column + row);
+    return place >= end || column + row >= columns ? nullptr : rows.row(place) + column + row;
   }
 };
 
@@ -49,17 +47,17 @@ template <class Tile, bool along_depth>
 struct WeightsOperand {
   using Element = typename Tile::Weight;
   static constexpr int kPack = kPackOf<Element>;
-  static constexpr bool kAlongDepth = along_depth;
+  static constexpr bool kAlongDepth = along_depth, kChanges = false;
   static constexpr int kTile = Tile::kTile;
   const Element* weights;
   int64_t tile_stride;
 
   DEVICE const Element* line(int row) const { return weights + row * kTile; }
-  DEVICE Pack<Element, kPack> load(const Element* line, int, int64_t depth) const {
-    return cuda::load<kPack>(line + depth / kTile * tile_stride + depth % kTile);
+  DEVICE const Element* at(const Element* line, int64_t depth) const {
+    return line + depth / kTile * tile_stride + depth % kTile;
   }
-  DEVICE Pack<Element, kPack> load(int row, int64_t depth) const {
-    return cuda::load<kPack>(weights + depth / kTile * tile_stride + depth % kTile * kTile + row);
+  DEVICE const Element* at(int row, int64_t depth) const {
+    return weights + depth / kTile * tile_stride + depth % kTile * kTile + row;
   }
 };
 
@@ -67,17 +65,16 @@ struct WeightsOperand {
 template <class Tile>
 struct RescaledWeightsOperand : WeightsOperand<Tile, true> {
   using Base = WeightsOperand<Tile, true>;
+  static constexpr bool kChanges = true;
   using A = typename Tile::Sum;
   using Weight = typename Tile::Weight;
   const A* part_maximum;  // [parts, kTile]
   const A* maximum;       // [kTile], in shared memory
 
-  DEVICE Pack<Weight, Base::kPack> load(const Weight* line, int row, int64_t depth) const {
-    Pack<Weight, Base::kPack> pack = Base::load(line, row, depth);
+  DEVICE void change(Pack<Weight, Base::kPack>& pack, int row, int64_t depth) const {
     const A scale = exp(part_maximum[depth / Tile::kRowColumns * Tile::kTile + row] - maximum[row]);
     UNROLL
     for (int i = 0; i < Base::kPack; ++i) pack.v[i] = narrow<Weight>(widen(pack.v[i]) * scale);
-    return pack;
   }
 };
 
