@@ -52,6 +52,10 @@ void for_rounds(int64_t heads, int64_t tiles, int64_t strips, Body&& body) {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
+// Of a kernel side by side on a multiprocessor: 2 where registers for that are not too few.
+template <class T, class Tile, bool kPacked>
+constexpr int kBlocks = kPacked && sizeof(T) < 8 && (Tile::kTile == 64 || sizeof(T) == 2) ? 2 : 1;
+
 char* aligned(void* workspace) {
   return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(workspace), kAlignment));
 }
@@ -80,7 +84,7 @@ struct ForwardScratch {
 
 // Block (key tile, query tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     chunk_attention_weigh_kernel(ChunkAttentionForward args, Round round, ForwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
 
 // Block (tile of columns of o, query tile, head). The first one of the columns also writes lse.
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     chunk_attention_forward_kernel(ChunkAttentionForward args, Round round, ForwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
@@ -258,7 +262,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // Block (query tile, key tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     chunk_attention_weigh_backward_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   using Weight = typename Tile::Weight;
@@ -319,7 +323,7 @@ __global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
 
 // Block (tile of columns of dv, then of dk; key tile, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     chunk_attention_dkv_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
@@ -347,7 +351,7 @@ __global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
 
 // Block (query tile, tile of columns of dq, head).
 template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, Tile, kPacked> : 1)
     chunk_attention_dq_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
@@ -362,25 +366,25 @@ __global__ void __launch_bounds__(kTileThreads, kPacked ? 2 : 1)
   const int64_t round_end = key + round.tiles * kTile;
   const int64_t end = round_end < queries_end ? round_end : queries_end;
   const int64_t column = int64_t{blockIdx.y} * kTile;
-  const Rows<A> sums(args, chunk, scratch.dq, nullptr, args.S);  // used where a chunk takes several rounds
   const int64_t tile_stride = scratch.query_tiles * kTile * kTile;
   const WeightsOperand<Tile, true> weights{
       scratch.dS + blockIdx.z * round.tiles * tile_stride + query_tile * kTile * kTile, tile_stride};
   const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
   Tile tile;
   tile.clear();
-  if (key > 0) {
+  multiply(tile, slabs, 0, end - key, weights, RowsOperand<T, V, false>{keys, key, chunk.keys, column, args.S});
+  const Rows<A> sums(args, chunk, scratch.dq, nullptr, args.S);  // used where a chunk takes several rounds
+  if (key > 0) {                                                 // what earlier rounds have summed
     UNROLL
     for (int r = 0; r < Tile::kRows; ++r) {
       const int64_t place = query + Tile::row(r);
       UNROLL
       for (int c = 0; c < Tile::kColumns; ++c) {
         const int64_t s = column + Tile::column(c);
-        if (place < queries_end && s < args.S) tile.sum[r][c] = sums.row(place)[s];
+        if (place < queries_end && s < args.S) tile.sum[r][c] += sums.row(place)[s];
       }
     }
   }
-  multiply(tile, slabs, 0, end - key, weights, RowsOperand<T, V, false>{keys, key, chunk.keys, column, args.S});
   if (end < queries_end) {
     write_rows<kPacked>(tile, sums, query, queries_end, column, args.S);
   } else {
