@@ -3,20 +3,24 @@
 // Computes  softmax attention inside chunks and its gradients (ops/chunk_attention.h); arXiv 2404.08801.
 // Layout    q, k, v, o (B, L, H, S or E): the rows of a head are H S (H E) apart; caches (B, C, H, S or E) likewise;
 //           lse, D (B, H, L). The scratch holds strips of tiles of weights: forward, a tile of queries with all keys
-//           before it, and the maximum and sum of every row of every tile; backward, a tile of keys with all queries
+//           before it, and the maximum and sum of the rows of every tile; backward, a tile of keys with all queries
 //           after it, P and dS. As many strips as the scratch has room for make a round.
-// Mapping   a block owns a tile (core/tile_product.cuh). Forward, per round: tiles of scores become weights, each
-//           relative to its own rows' maxima; tiles of o are their products with v, rescaled to the rows' common
-//           maxima. Backward, per round: tiles of P and dS; then tiles of dv = P^T do and dk = dS^T q; then of
-//           dq = dS k. Tiles above the diagonal are neither computed nor read. Scores are computed once however wide E
-//           is, and every step has a block for every tile: S = 256, E = 2048 and single rows alike fill the GPU.
-// Traffic   2 (S + E) FLOPs per query and key forward, 2 (3 S + 2 E) backward, on the causal half: compute-bound. The
-//           weights are written and read in the accumulator's type; a round of them may stay in the L2 cache.
-// Numerics  scores, weights and sums in stat, in a fixed order: forward, keys; backward, queries (dk, dv), keys (dq).
-//           Softmax with every row's own maximum. Masked and dropped weights are exactly 0.
-// Limits    any B, L, H, S, E, C and position. dq of a chunk whose strips do not fit into the scratch together is
-// summed
-//           over rounds in the workspace.
+// Mapping   a block owns a tile of 64 x 64 or 128 x 128, by matrix instructions for bfloat16 and float16
+//           (core/mma.cuh), else by multiply-adds (core/tile_product.cuh). Forward, per round: tiles of scores become
+//           weights, each relative to its own rows' maxima; tiles of o are their products with v, the rows brought to
+//           their common maxima. Backward, per round: tiles of P and dS; then of dv = P^T do and dk = dS^T q; then of
+//           dq = dS k. Tiles above the diagonal are neither computed nor read, those below it know no mask. Scores are
+//           computed once however wide E is, and every step has a block for every tile: S = 256, E = 2048, and B = 1,
+//           fill the GPU.
+// Traffic   2 (S + E) FLOPs per query and key forward, 2 (3 S + 2 E) backward, on the causal half: compute-bound where
+//           S + E is some hundreds; below, the weights, written once and read once per tile of columns, bind. A round
+//           of them is meant to stay in the L2 cache.
+// Numerics  products summed in stat, in a fixed order: forward, keys; backward, queries (dk, dv), keys (dq). Every row
+//           has its own maximum. Masked and dropped weights are exactly 0. The matrix instructions take P and dS in T:
+//           forward relative to a power of two, so that P is rounded once; lse is of the unrounded weights.
+// Limits    any B, L, H, S, E, C and position. Elements that are not 16-byte packs (S, E, addresses) go one by one and
+//           by multiply-adds. dq of a chunk whose strips do not fit into the scratch together is summed over rounds in
+//           the workspace.
 #include "core/reduce.cuh"
 #include "ops/chunk_attention.h"
 #include "ops/chunk_attention_tiles.cuh"
