@@ -12,14 +12,15 @@ import pytest
 from backend import ROOT
 
 KERNEL_FILES = sorted([*ROOT.glob("cuda/ops/*.cu*"), *ROOT.glob("cuda/core/*.cuh")])
-PORTABLE = ROOT / "cuda/core/portable.cuh"
+# The headers that stand between kernels and the machine.
+WRAPPERS = [ROOT / "cuda/core/portable.cuh", ROOT / "cuda/core/mma.cuh"]
 OP_FILES = sorted(ROOT.glob("cuda/ops/*.cu"))
 
 # What a kernel must not say, and what to say instead.
 FORBIDDEN = {
     r"#include\s*<(cuda|cub|cute|cutlass|cooperative)": '#include "core/portable.cuh"',
     r"<<<|>>>": "launch(config, kernel, args...)",
-    r"\basm\b": "a wrapper in core/portable.cuh with a host branch",
+    r"\basm\b": "a wrapper in core/portable.cuh or mma.cuh with a host branch",
     r"\b__shared__\b": "SHARED or DYNAMIC_SHARED",
     r"\b__CUDA_ARCH__\b|\b__CUDACC__\b|\bMEGALODON_NVCC\b": "a template parameter",
     r"\bvolatile\b": "load_acquire",
@@ -48,7 +49,7 @@ def violations(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path", [f for f in KERNEL_FILES if f != PORTABLE], ids=lambda path: path.name
+    "path", [f for f in KERNEL_FILES if f not in WRAPPERS], ids=lambda path: path.name
 )
 def test_kernels_keep_to_the_portable_subset(path: Path) -> None:
     assert not violations(code_of(path))
@@ -73,10 +74,11 @@ def test_the_lint_sees(line: str) -> None:
     assert violations(line)
 
 
-def test_inline_ptx_has_a_host_branch() -> None:
+@pytest.mark.parametrize("path", WRAPPERS, ids=lambda path: path.name)
+def test_inline_ptx_has_a_host_branch(path: Path) -> None:
     """Every asm stands between #if MEGALODON_NVCC and its #else."""
     branch = []
-    for line in code_of(PORTABLE).splitlines():
+    for line in code_of(path).splitlines():
         if re.match(r"#if", line):
             branch.append(line == "#if MEGALODON_NVCC")
         elif re.match(r"#else", line):

@@ -1,6 +1,5 @@
-// DropKey: which keys a query does not see. A word of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
-// as 1, 2, 3", SC'11) per query and key: a function of their positions, so that backward, and any part of a row, draws
-// again what forward drew, in any order, on any thread.
+// DropKey: which keys a query does not see. A word of Philox4x32-10 (core/philox.h) per query and key: a function of
+// their positions, so that backward, and any part of a row, draws again what forward drew, in any order, on any thread.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +7,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/philox.h"
 #include "core/simd.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
@@ -38,24 +38,6 @@ inline void multiply_wide(VecU32 a, uint32_t m, VecU32& high, VecU32& low) {
   high = reinterpret_cast<VecU32>((even >> 32) | (odd & 0xffffffff00000000u));
 }
 
-// Replaces the counter in c by its four random words, lane by lane.
-inline void philox(VecU32 (&c)[4], int64_t seed) {
-  uint32_t k0 = static_cast<uint32_t>(static_cast<uint64_t>(seed));
-  uint32_t k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    VecU32 high0, low0, high1, low1;
-    multiply_wide(c[0], 0xD2511F53u, high0, low0);
-    multiply_wide(c[2], 0xCD9E8D57u, high1, low1);
-    c[0] = high1 ^ c[1] ^ k0;
-    c[1] = low1;
-    c[2] = high0 ^ c[3] ^ k1;
-    c[3] = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-}
-
 // The draws of one row b and head h: key j is dropped for query i iff word j & 3 of the counter (j >> 2, i, h, b) is
 // below `below`. Positions are absolute, modulo 2^32.
 struct DropKey {
@@ -64,11 +46,8 @@ struct DropKey {
 
   bool any() const { return below != 0; }
   void words(VecU32 group, VecU32 i, VecU32 (&out)[4]) const {
-    out[0] = group;
-    out[1] = i;
-    out[2] = splat_u32(h);
-    out[3] = splat_u32(b);
-    philox(out, seed);
+    dropkey_words(group, i, splat_u32(h), splat_u32(b), seed, out,
+                  [](VecU32 a, uint32_t m, VecU32& high, VecU32& low) { multiply_wide(a, m, high, low); });
   }
 };
 

@@ -46,8 +46,10 @@ struct Parts {
   MEGALODON_HOST_DEVICE constexpr int64_t end(int64_t part) const { return count * (part + 1) / parts; }
 };
 
-constexpr int64_t ceil_div(int64_t n, int64_t d) { return n <= 0 ? 0 : (n - 1) / d + 1; }
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+MEGALODON_HOST_DEVICE constexpr int64_t ceil_div(int64_t n, int64_t d) { return n <= 0 ? 0 : (n - 1) / d + 1; }
+MEGALODON_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return ceil_div(n, multiple) * multiple;
+}
 
 // Items of unequal work dealt to slots, so that slots have about equal work: a slot takes one item of every round, from
 // alternate ends. The parallel loop runs over slots and a body uses the scratch of the first slot of its range: scratch

@@ -36,7 +36,7 @@ struct ChunkAttention {
   uint32_t drop_below;  // floor(dropout_p 2^32)
   bool cached;          // whether there are caches; an empty one may have no memory
   int64_t chunks;       // that a row's tokens may lie in
-  int64_t scratch;      // elements per slot
+  int64_t scratch;      // elements per slot; on the GPU bytes of weights
 };
 
 struct ChunkAttentionForward : ChunkAttention {
@@ -44,7 +44,7 @@ struct ChunkAttentionForward : ChunkAttention {
   static constexpr int64_t kKeys = 256;     // of a block
   void* o;                                  // [B, L, H, E]
   void* lse;                                // [B, H, L] stat
-  void* workspace;                          // [deal.slots, scratch] stat
+  void* workspace;                          // [deal.slots, scratch] stat; GPU: scratch
   int64_t tiles;                            // of queries, in a chunk
   int64_t key_rows;                         // of a block, kKeys or the chunk's fewer
   Deal deal;                                // of the query tiles of all chunks and heads
@@ -62,8 +62,9 @@ struct ChunkAttentionBackward : ChunkAttention {
   void* dv;                                   // [B, L, H, E]
   void* dk_cache;                             // [B, C, H, S], or [0] when k_cache is absent
   void* dv_cache;                             // [B, C, H, E], likewise
-  void* workspace;     // D [B, H, L], partial dq [groups, B, L, H, S], [deal.slots, scratch]; stat
-  int64_t groups;      // that the key tiles of a chunk are dealt to, each with its own partial sum of dq
+  void* workspace;     // D [B, H, L], partial dq [groups, B, L, H, S], [deal.slots, scratch]; stat. GPU: scratch, D, dq
+  int64_t groups;      // that the key tiles of a chunk are dealt to, each with its own partial sum of dq; GPU: 1 if
+                       // a chunk's strips do not fit into the scratch together, or 0
   int64_t query_rows;  // of a tile, kQueries or fewer
   Deal deal;           // of the groups of all chunks and heads
 };
@@ -72,6 +73,48 @@ struct ChunkAttentionBackward : ChunkAttention {
 static inline int64_t chunks_of(int64_t L, int64_t C, bool cached) { return L == 0 ? 0 : (L - 1) / C + 1 + cached; }
 static inline int64_t keys_of_chunk(int64_t L, int64_t C, bool cached) { return cached || L >= C ? C : L; }
 static inline int64_t queries_of_chunk(int64_t L, int64_t C) { return L < C ? L : C; }
+
+// One chunk of one row and head. Places 0 .. keys - 1 are its keys; those below `first` came before this call, are in
+// the caches and are no queries.
+struct Chunk {
+  int64_t b, h, first, keys;
+  int64_t token;   // place r is token `token + r` of the row
+  uint32_t start;  // the absolute position of place 0
+  MEGALODON_HOST_DEVICE constexpr int64_t queries() const { return keys > first ? keys - first : 0; }
+};
+
+MEGALODON_HOST_DEVICE static inline Chunk chunk_of(const ChunkAttention& args, int64_t bh, int64_t c) {
+  Chunk chunk{};
+  chunk.b = bh / args.H;
+  chunk.h = bh % args.H;
+  const int64_t position = args.position == nullptr ? 0 : args.position[chunk.b];
+  const int64_t m = position % args.C;
+  chunk.first = c == 0 ? m : 0;
+  chunk.token = c * args.C - m;
+  chunk.keys = args.C < args.L - chunk.token ? args.C : args.L - chunk.token;
+  chunk.start = static_cast<uint32_t>(static_cast<uint64_t>(position - m + c * args.C));
+  return chunk;
+}
+
+// The GPU keeps the weights of a query tile (backward: of a key tile, twice) with all of its partners in the workspace,
+// as many strips of tiles at a time as this allows, but at least one.
+#if defined(MEGALODON_SIMT)
+constexpr int64_t kGpuScratch = 128 << 10;  // so that small tests meet several rounds
+#else
+constexpr int64_t kGpuScratch = 128 << 20;
+#endif
+
+constexpr int64_t kAlignment = 16;  // of the scratch, for which the workspace has room
+
+// The side of the GPU's tiles.
+constexpr int64_t gpu_tile(DType dtype, int64_t queries) {
+  return dtype == DType::kFloat64 || queries <= 64 ? 64 : 128;
+}
+
+static inline int64_t gpu_scratch(int64_t strips, int64_t strip_bytes) {
+  if (strips == 0 || strip_bytes == 0) return 0;
+  return std::min(strips, std::max(kGpuScratch / strip_bytes, int64_t{1})) * strip_bytes;
+}
 
 // The inputs that forward and backward share.
 struct ChunkAttentionTensors {
@@ -148,6 +191,13 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
   args.deal = Deal::of(args.B * args.H * args.chunks * args.tiles);
   // Transposed queries; a block of keys, its scores, a panel of its values; the output.
   args.scratch = Q * Sp + args.key_rows * (Sp + Q + 32) + Q * Ep;
+  if (c.on_cuda()) {
+    const int64_t tile = gpu_tile(args.dtype, queries_of_chunk(args.L, args.C));
+    const int64_t strips = args.B * args.H * args.chunks * ceil_div(queries_of_chunk(args.L, args.C), tile);
+    args.scratch = gpu_scratch(strips, ceil_div(keys, tile) * tile * (tile + 2) * size_of(stat));
+    args.workspace = out.workspace(c, args.scratch + kAlignment);
+    return args;
+  }
   args.workspace = out.workspace(c, args.deal.slots * args.scratch * size_of(stat));
   return args;
 }
@@ -181,6 +231,15 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   // Keys in panels and transposed, dk; values transposed, dv; queries, dq; the weights and their gradients; do.
   args.scratch = K * (3 * Sp + 2 * Ep) + args.query_rows * (2 * Sp + 2 * K + 32 * args.kValuePanels);
   const int64_t rows = args.B * args.L * args.H;
+  if (c.on_cuda()) {
+    const int64_t tile = gpu_tile(args.dtype, queries);
+    const int64_t strip_bytes = 2 * ceil_div(queries, tile) * tile * tile * size_of(stat);
+    args.scratch = gpu_scratch(heads * ceil_div(keys, tile), strip_bytes);
+    args.groups = args.scratch < ceil_div(keys, tile) * strip_bytes;
+    args.workspace =
+        out.workspace(c, kAlignment + args.scratch + (round_up(rows, 4) + args.groups * rows * args.S) * size_of(stat));
+    return args;
+  }
   args.workspace =
       out.workspace(c, (rows + args.groups * rows * args.S + args.deal.slots * args.scratch) * size_of(stat));
   return args;

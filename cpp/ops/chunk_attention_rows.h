@@ -1,4 +1,4 @@
-// Where the keys, values and queries of a chunk lie: what forward and backward of chunk_attention share.
+// The rows of keys, values and queries of a chunk: what forward and backward of chunk_attention share.
 #pragma once
 
 #include <algorithm>
@@ -7,28 +7,6 @@
 #include "ops/chunk_attention.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
-
-// One chunk of one row and head. Places 0 .. keys - 1 are its keys; those below `first` came before this call, are in
-// the caches and are no queries.
-struct Chunk {
-  int64_t b, h, first, keys;
-  int64_t token;   // place r is token `token + r` of the row
-  uint32_t start;  // the absolute position of place 0
-  int64_t queries() const { return keys > first ? keys - first : 0; }
-};
-
-inline Chunk chunk_of(const ChunkAttention& args, int64_t bh, int64_t c) {
-  Chunk chunk{};
-  chunk.b = bh / args.H;
-  chunk.h = bh % args.H;
-  const int64_t position = args.position == nullptr ? 0 : args.position[chunk.b];
-  const int64_t m = position % args.C;
-  chunk.first = c == 0 ? m : 0;
-  chunk.token = c * args.C - m;
-  chunk.keys = std::min(args.C, args.L - chunk.token);
-  chunk.start = static_cast<uint32_t>(static_cast<uint64_t>(position - m + c * args.C));
-  return chunk;
-}
 
 // The rows of keys (n = S) or values (n = E), or of their gradients, of a chunk: first from the cache, then from the
 // tensor.

@@ -2,6 +2,7 @@
 // what it must catch.
 #include <stdexcept>
 
+#include "core/mma.cuh"
 #include "core/portable.cuh"
 #include "kernels.h"
 
@@ -159,6 +160,66 @@ __global__ void last_block_kernel(const float* x, float* partial, uint32_t* done
   *sum = total;
 }
 
+// ---- matrix instructions --------------------------------------------------------------------------------------------
+
+__global__ void load_matrices_kernel(const uint16_t* matrices, uint32_t* taken) {
+  struct alignas(16) Row {
+    uint16_t v[8];
+  };
+  SHARED(Row, rows, [32]);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 8; ++i) rows[lane].v[i] = matrices[lane * 8 + i];
+  sync_warp();  // every row is there
+  uint32_t plain[4], transposed[4];
+  load_matrices<false>(plain, &rows[lane]);
+  load_matrices<true>(transposed, &rows[lane]);
+  for (int m = 0; m < 4; ++m) {
+    taken[lane * 4 + m] = plain[m];
+    taken[128 + lane * 4 + m] = transposed[m];
+  }
+}
+
+template <Bug kBug, class T>
+__global__ void matrix_product_kernel(const float* a, const float* b, float* products) {
+  struct alignas(16) Matrix {
+    T v[16][24];
+  };
+  SHARED(Matrix, as, [2]);  // [m][depth], and [depth][m]
+  SHARED(Matrix, bs, [2]);  // [n][depth], and [depth][n]; columns 8 .. 15 are 0
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = lane; i < 256; i += 32) {
+    const int row = i / 16, column = i % 16;
+    as[0].v[row][column] = as[1].v[column][row] = narrow<T>(a[i]);
+    bs[0].v[column][row] = bs[1].v[row][column] = narrow<T>(column < 8 ? b[row * 8 + column] : 0.0f);
+  }
+  if (kBug != Bug::kMissingSyncWarp) sync_warp();  // the matrices are there
+  if (kBug == Bug::kDivergentMatrix && lane >= 16) return;
+  const int in_matrix = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
+  for (int order = 0; order < 4; ++order) {
+    uint32_t fa[4], fb[4];
+    if (order % 2 == 0) {
+      load_matrices<false>(fa, &as[0].v[low + in_matrix][high]);
+    } else {
+      load_matrices<true>(fa, &as[1].v[high + in_matrix][low]);
+    }
+    if (order / 2 == 0) {
+      load_matrices<false>(fb, &bs[0].v[high + in_matrix][low]);
+    } else {
+      load_matrices<true>(fb, &bs[1].v[low + in_matrix][high]);
+    }
+    if (kBug == Bug::kSwappedFragments) {
+      const uint32_t swapped = fa[1];
+      fa[1] = fa[2];
+      fa[2] = swapped;
+    }
+    float c[4] = {};
+    mma<T>(c[0], c[1], c[2], c[3], fa, fb[0], fb[1]);
+    for (int i = 0; i < 4; ++i) {
+      products[order * 128 + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = c[i];
+    }
+  }
+}
+
 // ---- waits that never end -------------------------------------------------------------------------------------------
 
 __global__ void deadlock_kernel(float* y) {
@@ -216,6 +277,17 @@ void reverse(Bug bug, const float* x, float* y) {
 void last_block(Bug bug, const float* x, float* partial, uint32_t* done, float* sum, int blocks) {
   with_bug<Bug::kNone, Bug::kMissingFence>(bug, [&](auto kBug) {
     launch({"last_block", dim3(blocks), dim3(32)}, last_block_kernel<kBug()>, x, partial, done, sum);
+  });
+}
+
+void load_matrices(const uint16_t* matrices, uint32_t* taken) {
+  launch({"load_matrices", dim3(1), dim3(32)}, load_matrices_kernel, matrices, taken);
+}
+
+void matrix_product(Bug bug, const float* a, const float* b, float* products) {
+  with_bug<Bug::kNone, Bug::kSwappedFragments, Bug::kDivergentMatrix, Bug::kMissingSyncWarp>(bug, [&](auto kBug) {
+    launch({"matrix_product", dim3(1), dim3(32)}, matrix_product_kernel<kBug(), bf16>, a, b, products);
+    launch({"matrix_product", dim3(1), dim3(32)}, matrix_product_kernel<kBug(), f16>, a, b, products + 512);
   });
 }
 

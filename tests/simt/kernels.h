@@ -19,6 +19,8 @@ enum class Bug {
   kMissingFence,
   kDeadlock,
   kWrongMask,
+  kSwappedFragments,
+  kDivergentMatrix,
 };
 
 void row_sum(Bug bug, const float* x, float* sums, float* scaled, int rows, int columns);
@@ -26,6 +28,10 @@ void scan(Bug bug, const uint32_t* x, uint32_t* y, uint64_t* states, uint32_t* t
 void pipeline(Bug bug, const float* x, float* y, int tiles);
 void reverse(Bug bug, const float* x, float* y);
 void last_block(Bug bug, const float* x, float* partial, uint32_t* done, float* sum, int blocks);
+// Raw: four 8 x 8 matrices of 16-bit patterns -> what every lane takes of each, as they are and transposed [2][32][4].
+void load_matrices(const uint16_t* matrices, uint32_t* taken);
+// a [16, 16] and b [16, 8], bf16 -> a b [4][16][8]: each of the two given with its depth contiguous or not.
+void matrix_product(Bug bug, const float* a, const float* b, float* products);
 void waits(Bug bug, const float* x, float* y);
 
 }  // namespace megalodon::cuda

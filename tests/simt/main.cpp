@@ -90,9 +90,40 @@ bool waits(Bug bug) {
   return y == x;
 }
 
-const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", row_sum},       {"scan", scan},
-                                                                  {"pipeline", pipeline},     {"reverse", reverse},
-                                                                  {"last_block", last_block}, {"waits", waits}};
+// The layouts as the PTX ISA draws them, written out once more.
+bool load_matrices(Bug) {
+  std::vector<uint16_t> matrices(256);
+  for (int i = 0; i < 256; ++i) matrices[i] = static_cast<uint16_t>(i * 257 + 3);
+  std::vector<uint32_t> taken(256);
+  megalodon::cuda::load_matrices(matrices.data(), taken.data());
+  bool right = true;
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int m = 0; m < 4; ++m) {
+      const uint16_t* matrix = &matrices[m * 64];
+      const int row = lane >> 2, pair = (lane & 3) * 2;
+      right &= taken[lane * 4 + m] == (matrix[row * 8 + pair] | uint32_t{matrix[row * 8 + pair + 1]} << 16);
+      right &= taken[128 + lane * 4 + m] == (matrix[pair * 8 + row] | uint32_t{matrix[(pair + 1) * 8 + row]} << 16);
+    }
+  }
+  return right;
+}
+
+bool matrix_product(Bug bug) {
+  const std::vector<float> a = numbers(256), b = numbers(128);
+  std::vector<float> products(1024, kNan);
+  megalodon::cuda::matrix_product(bug, a.data(), b.data(), products.data());
+  bool right = true;
+  for (int i = 0; i < 1024; ++i) {
+    float sum = 0;
+    for (int d = 0; d < 16; ++d) sum += a[i % 128 / 8 * 16 + d] * b[d * 8 + i % 8];
+    right &= products[i] == sum;
+  }
+  return right;
+}
+
+const std::map<std::string, std::function<bool(Bug)>> kKernels = {
+    {"row_sum", row_sum},       {"scan", scan},   {"pipeline", pipeline},           {"reverse", reverse},
+    {"last_block", last_block}, {"waits", waits}, {"load_matrices", load_matrices}, {"matrix_product", matrix_product}};
 
 const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_mask", Bug::kMissingMask},
@@ -106,7 +137,9 @@ const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_sync_warp", Bug::kMissingSyncWarp},
                                           {"missing_fence", Bug::kMissingFence},
                                           {"deadlock", Bug::kDeadlock},
-                                          {"wrong_mask", Bug::kWrongMask}};
+                                          {"wrong_mask", Bug::kWrongMask},
+                                          {"swapped_fragments", Bug::kSwappedFragments},
+                                          {"divergent_matrix", Bug::kDivergentMatrix}};
 
 }  // namespace
 

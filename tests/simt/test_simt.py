@@ -32,10 +32,26 @@ SEEDED = {
     ("pipeline", "missing_barrier"): ("wrong", "wrong", "RACE: "),
     ("reverse", "missing_sync_warp"): ("wrong", "wrong", "shared memory that nobody has written"),
     ("last_block", "missing_fence"): ("", "", "RACE: read of global memory"),
+    ("matrix_product", "swapped_fragments"): ("wrong",) * 3,
+    ("matrix_product", "divergent_matrix"): ("needs all 32 lanes",) * 3,
+    ("matrix_product", "missing_sync_warp"): (
+        "wrong",
+        "wrong",
+        "shared memory that nobody has written",
+    ),
     ("waits", "deadlock"): ("DEADLOCK",) * 3,
     ("waits", "wrong_mask"): ("the calling lane 16 is not in the mask 0000ffff",) * 3,
 }
-KERNELS = ("row_sum", "scan", "pipeline", "reverse", "last_block", "waits")
+KERNELS = (
+    "row_sum",
+    "scan",
+    "pipeline",
+    "reverse",
+    "last_block",
+    "load_matrices",
+    "matrix_product",
+    "waits",
+)
 
 
 def program(build: str) -> Path:
