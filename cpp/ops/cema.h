@@ -63,12 +63,11 @@ struct CemaCudaPlan {
   static constexpr int64_t kThreads = 128;  // of a block: a warp for each scheduler of a processor
   static constexpr int64_t kEach = 4;       // wavelets of a thread
   static constexpr int64_t kMostLanes = 16;
-  static constexpr int64_t kBlock = 128;  // steps from one correction of the states to the next; chunks are multiples
   // Few blocks: time is cut into chunks, for two blocks on each of the 132 processors of an H100, which costs up to
   // 10 N FMA per element in the place of 6 N. Many: a block takes several rows of the batch.
   static constexpr int64_t kFewBlocks = 99, kWantedBlocks = 264, kManyBlocks = 1056;
-  static constexpr int64_t kLeastChunk = 256;
-  static constexpr int64_t kFewParts = 16;  // sums of gradients that one thread adds up
+  static constexpr int64_t kLeastChunk = 256;  // chunks are multiples of half of it
+  static constexpr int64_t kFewParts = 16;     // sums of gradients that one thread adds up
 
   int64_t lanes;
   int64_t tiles;           // of channels
@@ -83,7 +82,7 @@ struct CemaCudaPlan {
     const Parts parts = Parts::of(shape.B, 1, tiles == 0 ? 1 : ceil_div(kManyBlocks, tiles));
     if (blocks == 0 || blocks >= kFewBlocks || shape.L <= kLeastChunk) return {lanes, tiles, parts, 1, shape.L};
     const int64_t wanted = ceil_div(kWantedBlocks, blocks), most = ceil_div(shape.L, kLeastChunk);
-    const int64_t length = round_up(ceil_div(shape.L, wanted < most ? wanted : most), kBlock);
+    const int64_t length = round_up(ceil_div(shape.L, wanted < most ? wanted : most), kLeastChunk / 2);
     return {lanes, tiles, Parts{shape.B, shape.B}, ceil_div(shape.L, length), length};
   }
   int64_t sums() const { return parts.parts * chunks; }  // blocks that sum up the same parameters' gradients

@@ -312,7 +312,8 @@ template <class T, int kLanes>
 void forward(const CemaForward& args, const Plan& plan, void* stream) {
   using A = stat_t<T>;
   const int64_t wavelets = args.D * args.N;
-  auto* table = static_cast<double*>(args.workspace);
+  auto* carries = static_cast<double*>(args.workspace);  // first, since they are read 16 bytes at a time
+  double* table = carries + args.B * (plan.chunks - 1) * wavelets * 2;
   make_table<A>(args, table, stream);
   ScanArgs<T> scan = scan_args<T>(args, plan);
   scan.in = static_cast<const T*>(args.x);
@@ -320,9 +321,8 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
   scan.table = table;
   scan.start = static_cast<const A*>(args.h0);
   scan.last = static_cast<A*>(args.h);
-  scan.carries = table + kTableRows * wavelets;
-  double* rest = scan.carries + args.B * (plan.chunks - 1) * wavelets * 2;
-  if (Plan::has_groups(args.N)) scan.partial = reinterpret_cast<A*>(rest);
+  scan.carries = carries;
+  if (Plan::has_groups(args.N)) scan.partial = reinterpret_cast<A*>(table + kTableRows * wavelets);
   scan.packed = can_pack<T>(args.D, args.x, args.y);
   const int64_t shared = Tiles<T, kLanes>::bytes(1);
   const auto tiles = static_cast<unsigned>(plan.tiles);
@@ -344,16 +344,17 @@ template <class T, int kLanes>
 void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   using A = stat_t<T>;
   const int64_t wavelets = args.D * args.N;
-  auto* table = static_cast<double*>(args.workspace);
+  auto* carries = static_cast<double*>(args.workspace);  // first, since they are read 16 bytes at a time
+  double* table = carries + args.B * (plan.chunks - 1) * wavelets * 6;
   make_table<A>(args, table, stream);
   ScanArgs<T> adjoint = scan_args<T>(args, plan);
   adjoint.table = table;
   adjoint.block_sums = args.cuda_sums();
   adjoint.packed = can_pack<T>(args.D, args.x, args.dy, args.dx);
   ScanArgs<T> sensitivity = adjoint;
-  adjoint.carries = table + kTableRows * wavelets;
-  sensitivity.carries = adjoint.carries + args.B * (plan.chunks - 1) * wavelets * 2;
-  double* sums = sensitivity.carries + args.B * (plan.chunks - 1) * wavelets * 4;
+  adjoint.carries = carries;
+  sensitivity.carries = carries + args.B * (plan.chunks - 1) * wavelets * 2;
+  double* sums = table + kTableRows * wavelets;
   double* total = sums + plan.sums() * args.cuda_sums();
   adjoint.sums = sensitivity.sums = sums;
   if (Plan::has_groups(args.N)) adjoint.partial = reinterpret_cast<A*>(total + args.cuda_sums());

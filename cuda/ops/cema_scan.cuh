@@ -8,9 +8,9 @@
 // shared memory, and outputs go back through the same tile. A channel belongs to kLanes lanes of one warp, kEach
 // wavelets in the registers of each; the sums over lanes of kStep steps are made together, each lane keeping its own.
 //
-// Over a block of kBlock steps a state is computed in A, from its rounded value h and with q rounded. What those two
-// roundings amount to, for h = h + low and q = q + delta exactly,
-//   q^s (h + low) - (q - delta)^s h = s q^(s-1) delta h + q^s low + O(delta^2),
+// Over a block of kBlock steps (as many as in cema.cpp) a state is computed in A, from its rounded value h and with q
+// rounded. What those two roundings amount to, for h = h + low and q = q + delta exactly,
+//   (q + delta)^s (h + low) - q^s h = s q^(s-1) delta h + q^s low + O(delta^2),
 // is known when the block begins, kept in `low`, and added when it ends, so that neither adds up over time.
 #pragma once
 
@@ -40,7 +40,6 @@ template <class A>
 struct Pair {
   A re, im;
 
-  // As it is rounded to A, and what is lost by that.
   template <class B>
   DEVICE static Pair of(const Pair<B>& v) {
     return {static_cast<A>(v.re), static_cast<A>(v.im)};
@@ -85,7 +84,7 @@ DEVICE Pair<A> power(Pair<A> q, int exponent) {  // exponent >= 0
 // ---- coefficients and states of one wavelet -------------------------------------------------------------------------
 
 // q, and what corrects a state over s steps of a block: q^s, s q^(s-1), and s (s-1) q^(s-2) delta.
-template <class A>
+template <class A, int kBlock>
 struct Factor {
   static constexpr bool kCorrects = sizeof(A) == 4;
   struct Powers {
@@ -99,14 +98,14 @@ struct Factor {
     Factor f{Pair<A>::of(exact), {}, {}};
     if constexpr (kCorrects) {
       f.delta = Pair<A>::of(exact - Pair<double>::of(f.q));
-      f.most = power(f.q, Plan::kBlock - 2);
+      f.most = power(f.q, kBlock - 2);
     }
     return f;
   }
   DEVICE Powers over(int steps) const {
     if (steps < 2) return {q, {1, 0}, {0, 0}};  // of 1
     const auto s = static_cast<A>(steps);
-    const Pair<A> before = steps == Plan::kBlock ? most : power(q, steps - 2);
+    const Pair<A> before = steps == kBlock ? most : power(q, steps - 2);
     return {before * q * q, s * (before * q), (s * (s - 1)) * (before * delta)};
   }
 };
@@ -197,21 +196,22 @@ struct Mine {
 
 // ---- the three recurrences, kEach wavelets at once ------------------------------------------------------------------
 //
-// kStates states per wavelet, kReverse whether time runs back, kOther whether the second input is read.
+// kStates states per wavelet, kBlock steps between corrections, kReverse whether time runs back, kOther whether the
+// second input is read.
 
 template <class T>
 struct Forward {
   using A = stat_t<T>;
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kBlock = 128;
   static constexpr bool kReverse = false, kOther = false, kOutput = true;
-  Factor<A> q[kEach];
+  Factor<A, kBlock> q[kEach];
   Pair<A> c[kEach];
   State<A> h[kEach];
 
   DEVICE void load(const ScanArgs<T>& args, const Mine& mine) {
     UNROLL
     for (int k = 0; k < kEach; ++k) {
-      q[k] = Factor<A>::of(mine.pair(args, kTableQ, k));
+      q[k] = Factor<A, kBlock>::of(mine.pair(args, kTableQ, k));
       c[k] = Pair<A>::of(mine.number(args, kTableA, k) * mine.pair(args, kTableG, k));
     }
   }
@@ -223,7 +223,7 @@ struct Forward {
   }
   DEVICE State<A>& state(int k, int) { return h[k]; }
   DEVICE void begin(int steps) {
-    if constexpr (!Factor<A>::kCorrects) return;
+    if constexpr (!Factor<A, kBlock>::kCorrects) return;
     UNROLL
     for (int k = 0; k < kEach; ++k) {
       const auto p = q[k].over(steps);
@@ -260,10 +260,10 @@ struct Forward {
 template <class T>
 struct Adjoint {
   using A = stat_t<T>;
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kBlock = 64;
   static constexpr bool kReverse = true, kOther = true, kOutput = true;
-  Factor<A> q[kEach];  // conjugated
-  Pair<A> g[kEach];    // conjugated
+  Factor<A, kBlock> q[kEach];  // conjugated
+  Pair<A> g[kEach];            // conjugated
   A a[kEach];
   State<A> m[kEach];
   A sum[kEach] = {};  // x Re l, of a block
@@ -272,7 +272,7 @@ struct Adjoint {
   DEVICE void load(const ScanArgs<T>& args, const Mine& mine) {
     UNROLL
     for (int k = 0; k < kEach; ++k) {
-      q[k] = Factor<A>::of(conj(mine.pair(args, kTableQ, k)));
+      q[k] = Factor<A, kBlock>::of(conj(mine.pair(args, kTableQ, k)));
       g[k] = Pair<A>::of(conj(mine.pair(args, kTableG, k)));
       a[k] = static_cast<A>(mine.number(args, kTableA, k));
     }
@@ -282,7 +282,7 @@ struct Adjoint {
   }
   DEVICE State<A>& state(int k, int) { return m[k]; }
   DEVICE void begin(int steps) {
-    if constexpr (!Factor<A>::kCorrects) return;
+    if constexpr (!Factor<A, kBlock>::kCorrects) return;
     UNROLL
     for (int k = 0; k < kEach; ++k) {
       const auto p = q[k].over(steps);
@@ -330,9 +330,9 @@ struct Adjoint {
 template <class T>
 struct Sensitivity {
   using A = stat_t<T>;
-  static constexpr int kStates = 2;
+  static constexpr int kStates = 2, kBlock = 64;
   static constexpr bool kReverse = false, kOther = true, kOutput = false;
-  Factor<A> q[kEach];
+  Factor<A, kBlock> q[kEach];
   Pair<A> g[kEach];
   State<A> h[kEach], e[kEach];
   Pair<A> sum_h[kEach] = {}, sum_e[kEach] = {};  // dy times them, of a block
@@ -343,7 +343,7 @@ struct Sensitivity {
   DEVICE void load(const ScanArgs<T>& args, const Mine& mine) {
     UNROLL
     for (int k = 0; k < kEach; ++k) {
-      q[k] = Factor<A>::of(mine.pair(args, kTableQ, k));
+      q[k] = Factor<A, kBlock>::of(mine.pair(args, kTableQ, k));
       g[k] = Pair<A>::of(mine.pair(args, kTableG, k));
     }
   }
@@ -355,7 +355,7 @@ struct Sensitivity {
   }
   DEVICE State<A>& state(int k, int i) { return i == 0 ? h[k] : e[k]; }
   DEVICE void begin(int steps) {
-    if constexpr (!Factor<A>::kCorrects) return;
+    if constexpr (!Factor<A, kBlock>::kCorrects) return;
     UNROLL
     for (int k = 0; k < kEach; ++k) {
       const auto p = q[k].over(steps);
@@ -425,7 +425,7 @@ struct Tiles {
   static constexpr int kPad = kLanes == 1 ? 0 : (32 / kLanes + kPack - 1) / kPack * kPack;
   static constexpr int kPitch = kChannels + kPad;
   static constexpr int kSize = kRows * kPitch;
-  static_assert(kRows % kStep == 0 && Plan::kBlock % kRows == 0);
+  static_assert(kRows % kStep == 0 && 64 % kRows == 0);
   static constexpr int64_t bytes(int inputs) { return int64_t{kStages} * inputs * kSize * sizeof(T); }
 };
 
@@ -501,7 +501,7 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
   using Tile = Tiles<T, kLanes>;
   constexpr bool kReverse = Waves::kReverse, kOther = Waves::kOther && !kEnds, kOutput = Waves::kOutput && !kEnds;
   constexpr int kApart = 32 / kLanes;  // channels of a warp
-  constexpr int kRows = Tile::kRows, kStep = Tile::kStep, kOwn = kStep / kLanes;
+  constexpr int kRows = Tile::kRows, kStep = kOutput ? Tile::kStep : 4, kOwn = kStep / kLanes;
   const int chunks = static_cast<int>(args.chunks) - (kEnds ? 1 : 0);
   const int64_t part = blockIdx.y / chunks, chunk = blockIdx.y % chunks;
   const int64_t begin = chunk * args.length;
@@ -564,43 +564,46 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
         for (int i = 0; i < Waves::kStates; ++i) waves.state(k, i) = State<A>::of(from[i]);
       }
     }
-    if ((at.first - begin) % Plan::kBlock == 0 && rows > 0) {
-      waves.begin(static_cast<int>(end - at.first < Plan::kBlock ? end - at.first : Plan::kBlock));
+    if ((at.first - begin) % Waves::kBlock == 0 && rows > 0) {
+      waves.begin(static_cast<int>(end - at.first < Waves::kBlock ? end - at.first : Waves::kBlock));
     }
 
-    // kStep steps, of which `count` exist.
-    const auto advance = [&](int t0, int count) {
-      A v[kStep];
-      UNROLL
-      for (int j = 0; j < kStep; ++j) {
-        v[j] = 0;
-        if (j >= count) continue;
-        const int i = (t0 + j) * Tile::kPitch + column;
-        v[j] = waves.template step<kEnds>(widen(tile[i]), kOther ? widen(other[i]) : A(0));
+    const auto input = [&](int t) { return widen(tile[t * Tile::kPitch + column]); };
+    const auto advance = [&](int t) {
+      return waves.template step<kEnds>(input(t), kOther ? widen(other[t * Tile::kPitch + column]) : A(0));
+    };
+    const auto write = [&](int t, A sum) {
+      sum += args.first == 0 ? omega * input(t) : A(0);
+      if (args.partial != nullptr && exists) {
+        const int64_t step = at.first + t;
+        A& so_far = args.partial[(at.b * args.L + (kReverse ? args.L - 1 - step : step)) * args.D + mine.d];
+        if (args.first > 0) sum += so_far;
+        so_far = sum;
       }
-      if constexpr (!kOutput) return;
-      sum_over_lanes<kLanes, kStep>(v, lane, kApart);
-      UNROLL
-      for (int j = 0; j < kOwn; ++j) {
-        const int t = lane * kOwn + j;
-        if (t >= count) continue;
-        T& element = tile[(t0 + t) * Tile::kPitch + column];
-        if (args.partial == nullptr) {
-          element = narrow<T>(omega * widen(element) + v[j]);
-        } else if (exists) {
-          const int64_t step = at.first + t0 + t;
-          A& sum = args.partial[(at.b * args.L + (kReverse ? args.L - 1 - step : step)) * args.D + mine.d];
-          sum = (args.first == 0 ? omega * widen(element) : sum) + v[j];
-          element = narrow<T>(sum);
-        }
-      }
+      tile[t * Tile::kPitch + column] = narrow<T>(sum);
     };
     int t0 = 0;
-    for (; t0 + kStep <= rows; t0 += kStep) advance(t0, kStep);
-    if (t0 < rows) advance(t0, rows - t0);
+    for (; t0 + kStep <= rows; t0 += kStep) {
+      A v[kStep];
+      UNROLL
+      for (int j = 0; j < kStep; ++j) v[j] = advance(t0 + j);
+      if constexpr (kOutput) {
+        sum_over_lanes<kLanes, kStep>(v, lane, kApart);
+        UNROLL
+        for (int j = 0; j < kOwn; ++j) write(t0 + lane * kOwn + j, v[j]);
+      }
+    }
+    for (; t0 < rows; ++t0) {  // the end of the chunk
+      A v = advance(t0);
+      if constexpr (kOutput) {
+        UNROLL
+        for (int bit = kLanes / 2; bit > 0; bit /= 2) v += shuffle_xor(v, bit * kApart);
+        if (lane == 0) write(t0, v);
+      }
+    }
 
     const Cursor next = after(at);
-    if (next.b != at.b || (next.first - begin) % Plan::kBlock == 0) waves.settle();
+    if (next.b != at.b || (next.first - begin) % Waves::kBlock == 0) waves.settle();
     if (next.b != at.b) {
       if constexpr (kEnds) {
         UNROLL
