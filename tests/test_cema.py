@@ -6,6 +6,7 @@ from typing import Any
 import golden
 import pytest
 import torch
+from backend import BACKEND
 from checks import DTYPES, check_forward, check_gradients
 from golden import Case
 from hypothesis import example, given
@@ -72,6 +73,26 @@ def test_lengths_around_the_blocks(isa: str, L: int) -> None:
     check_gradients(OP, args)
 
 
+@pytest.mark.parametrize(
+    ("B", "L", "D", "N", "dtype"),
+    [
+        (1, 300, 130, 1, F32),  # on a GPU: more than one tile of channels, chunks of time
+        (2, 290, 16, 5, F64),  # two lanes share a channel, rows of 16 bytes
+        (1, 600, 40, 9, torch.bfloat16),  # four
+        (1, 259, 24, 17, torch.float16),  # eight
+        (1, 131, 12, 33, F32),  # sixteen
+        (2, 270, 9, 70, F32),  # more than one group of wavelets
+        (1, 40, 8, 130, torch.bfloat16),
+        (2, 5, 3, 40, F32),  # few steps, more wavelets than lanes in a warp
+        (1060, 17, 2, 1, F32),  # several rows of the batch in a block
+    ],
+)
+def test_where_the_plan_changes(B: int, L: int, D: int, N: int, dtype: torch.dtype) -> None:
+    args = arguments(dtype, B, L, D, N, True)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
 def near_one(D: int, N: int, distance: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Parameters with |q| = 1 - distance throughout."""
     _, _, theta, gamma, omega = parameters(Maker(dtype), D, N)
@@ -92,6 +113,7 @@ def test_error_does_not_grow_with_length(isa: str, distance: float) -> None:
         assert error <= 2e-5, error
 
 
+@pytest.mark.skipif(BACKEND in ("simt_asan", "simt_race"), reason="takes minutes there")
 def test_a_million_steps_in_pieces() -> None:
     make = Maker(F32)
     x, p = make.activation(1, 1_000_000, 2), near_one(2, 2, 1e-6, F32)
@@ -200,6 +222,7 @@ def test_vanishing_gradients_keep_their_digits(isa: str, alpha: float, delta: fl
         torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
 
 
+@pytest.mark.skipif(bool(BACKEND), reason="a GPU's subnormal numbers are as fast as others")
 @pytest.mark.parametrize("algorithm", ["scan", "fft"])
 @pytest.mark.parametrize("L", [16, 600])
 def test_what_decays_ends_at_zero(isa: str, L: int, algorithm: str) -> None:
@@ -264,3 +287,10 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     values = dict(zip(names, arguments(F32, 2, 3, 8, 4, True), strict=True))
     with pytest.raises(error, match=message):
         cema(**{**values, **change})
+
+
+@pytest.mark.skipif(not BACKEND, reason="needs CUDA kernels on CPU tensors")
+def test_a_gpu_has_no_fft_yet() -> None:
+    args = arguments(F32, 2, 3, 8, 4, True)
+    with pytest.raises(NotImplementedError, match=r"^cema: a CUDA kernel for algorithm fft is not"):
+        cema(*args, None, "fft")

@@ -57,6 +57,43 @@ struct CemaShape {
   }
 };
 
+// How the GPU cuts the scan, by shape alone. A block of threads walks through the time of a tile of channels; a
+// channel's wavelets are shared by `lanes` threads.
+struct CemaCudaPlan {
+  static constexpr int64_t kThreads = 128;  // of a block: a warp for each scheduler of a processor
+  static constexpr int64_t kEach = 4;       // wavelets of a thread
+  static constexpr int64_t kMostLanes = 16;
+  // Few blocks: time is cut into chunks, for two blocks on each of the 132 processors of an H100, which costs up to
+  // 10 N FMA per element in the place of 6 N. Many: a block takes several rows of the batch.
+  static constexpr int64_t kFewBlocks = 99, kWantedBlocks = 264, kManyBlocks = 1056;
+  static constexpr int64_t kLeastChunk = 256;  // chunks are multiples of half of it
+  static constexpr int64_t kFewParts = 16;     // sums of gradients that one thread adds up
+
+  int64_t lanes;
+  int64_t tiles;           // of channels
+  Parts parts;             // of the batch; as many as it has rows if there are chunks
+  int64_t chunks, length;  // of time, `length` steps each but the last
+
+  static CemaCudaPlan of(const CemaShape& shape) {
+    int64_t lanes = 1;
+    while (lanes < kMostLanes && lanes * kEach < shape.N) lanes *= 2;
+    const int64_t tiles = ceil_div(shape.D, kThreads / lanes);
+    const int64_t blocks = tiles * shape.B;
+    const Parts parts = Parts::of(shape.B, 1, tiles == 0 ? 1 : ceil_div(kManyBlocks, tiles));
+    if (blocks == 0 || blocks >= kFewBlocks || shape.L <= kLeastChunk) return {lanes, tiles, parts, 1, shape.L};
+    const int64_t wanted = ceil_div(kWantedBlocks, blocks), most = ceil_div(shape.L, kLeastChunk);
+    const int64_t length = round_up(ceil_div(shape.L, wanted < most ? wanted : most), kLeastChunk / 2);
+    return {lanes, tiles, Parts{shape.B, shape.B}, ceil_div(shape.L, length), length};
+  }
+  int64_t sums() const { return parts.parts * chunks; }  // blocks that sum up the same parameters' gradients
+  // Wavelets are worked on in groups of at most kMostLanes * kEach: each adds to the outputs of the one before.
+  static bool has_groups(int64_t N) { return N > kMostLanes * kEach; }
+};
+
+// A forward pass of a few steps, as in decoding: a lane per wavelet, nothing in the workspace.
+constexpr int64_t kCemaCudaShortSteps = 16;
+constexpr int64_t kCemaCudaShortWavelets = 64;
+
 // What auto means, by measurement: float32, one thread, D = 256, the least time of 7 to 9 rounds run in turn on a busy
 // machine. Backward, only cells where the scan repeats itself to 15% count.
 //   forward   the scan. fft / scan is 1.3 to 2.9 at N = 16 (L 256 to 4096). From N = 24 on it is 0.5 to 1.9 where the
@@ -95,6 +132,15 @@ struct CemaForward : CemaShape {
   int64_t workspace_bytes() const {
     if (algorithm == CemaAlgorithm::kScan) return scan_bytes();
     return kMaxVectorBytes + fft_table() + fft_tasks().bytes();
+  }
+
+  // The GPU: five numbers per wavelet, the states between chunks, and sums over the groups of wavelets so far.
+  bool is_short() const { return L <= kCemaCudaShortSteps && N <= kCemaCudaShortWavelets; }
+  int64_t cuda_bytes() const {
+    if (is_short()) return 0;
+    const CemaCudaPlan plan = CemaCudaPlan::of(*this);
+    return (5 + B * (plan.chunks - 1) * 2) * D * N * 8 +
+           (CemaCudaPlan::has_groups(N) ? B * L * D * size_of(stat_dtype(dtype)) : 0);
   }
 };
 
@@ -139,14 +185,24 @@ struct CemaBackward : CemaShape {
     if (algorithm == CemaAlgorithm::kScan) return scan_bytes();
     return kMaxVectorBytes + fft_table() + fft_tasks().bytes();
   }
+
+  // The GPU: as forward, with the adjoint state, the state and its derivative by q between chunks; then the sums of
+  // every block, and where these are many their total.
+  int64_t cuda_sums() const { return (5 * N + 1) * D; }  // of a block of every tile
+  int64_t cuda_bytes() const {
+    const CemaCudaPlan plan = CemaCudaPlan::of(*this);
+    return (5 + B * (plan.chunks - 1) * 6) * D * N * 8 + (plan.sums() + 1) * cuda_sums() * 8 +
+           (CemaCudaPlan::has_groups(N) ? B * L * D * size_of(stat_dtype(dtype)) : 0);
+  }
 };
 
 // `automatic` is what auto means for this shape.
 static inline CemaAlgorithm check_cema_algorithm(const Checker& c, const char* algorithm, CemaAlgorithm automatic) {
   const std::string name = algorithm == nullptr ? "none" : algorithm;
-  if (name == "auto") return automatic;
+  if (name == "auto") return c.on_cuda() ? CemaAlgorithm::kScan : automatic;
   if (name == "scan") return CemaAlgorithm::kScan;
   c.require(name == "fft", "algorithm", "auto, scan or fft", name);
+  if (c.on_cuda()) c.not_implemented("a CUDA kernel for algorithm fft");
   return CemaAlgorithm::kFft;
 }
 
@@ -187,7 +243,7 @@ static inline CemaForward check_cema(Checker& c, const DLTensor* x_in, const DLT
   args.algorithm = check_cema_algorithm(c, algorithm, args.automatic());
   args.y = out.like(c, "y", x);
   args.h = out.next(c, "h", stat, {args.B, args.D, args.N, 2});
-  args.workspace = out.workspace(c, args.workspace_bytes());
+  args.workspace = out.workspace(c, c.on_cuda() ? args.cuda_bytes() : args.workspace_bytes());
   return args;
 }
 
@@ -215,7 +271,7 @@ static inline CemaBackward check_cema_backward(Checker& c, const DLTensor* dy_in
   args.domega = out.next(c, "domega", stat, {args.D});
   args.dh0 = out.gradient(c, "dh0", h0, stat);
   if (!h0.present) args.dh0 = nullptr;
-  args.workspace = out.workspace(c, args.workspace_bytes());
+  args.workspace = out.workspace(c, c.on_cuda() ? args.cuda_bytes() : args.workspace_bytes());
   return args;
 }
 

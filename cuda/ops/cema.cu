@@ -1,0 +1,420 @@
+// cema on the GPU, by the recurrence ("scan", which is also "auto"). Not yet run on a GPU.
+//
+// Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h).
+// Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
+// Mapping   a block takes a tile of channels (128 / lanes; 1 to 16 lanes share the wavelets of a channel, four each, in
+//           registers) and walks through time (cema_scan.cuh). If there are too few blocks for a GPU, time is cut into
+//           chunks: the states they end with, begun with zeros; the states they begin with, one after the other; then
+//           the walk. If there are many, a block takes several rows of the batch. Backward, two walks side by side: the
+//           adjoint gives dx, dh0 and dS/da; the state with its derivative by q gives the other gradients going
+//           forward, so that no states are kept or made again. A few steps (decoding) are one kernel: a lane per
+//           wavelet.
+// Traffic   forward 2 elements moved and 6 N FMA per element, backward 5 and 20 N (up to 4 N and 14 N more, and the
+//           inputs once more, with chunks): compute-bound from about N = 8 on, so that looking back for a chunk's state
+//           in one pass would save only what is not the limit. Tensor cores would change that: bf16 with split
+//           coefficients is to branch off in cema_forward and cema_backward.
+// Numerics  coefficients, and what goes from chunk to chunk, in double. A walk is in float (double for float64), its
+//           states corrected every 128 steps, so that the rounding of q does not add up. Gradients of parameters: sums
+//           in float over 128 steps, in double over those, over chunks and the batch, in a fixed order. A few steps in
+//           double.
+// Limits    no fft. N > 64: groups of 64 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
+//           below 1e-20 counts as 1e-20. Subnormal numbers are kept: they are as fast as others.
+#include "core/reduce.cuh"
+#include "ops/cema.h"
+#include "ops/cema_scan.cuh"
+
+namespace megalodon::cuda {
+namespace {
+
+constexpr double kLeastInput = 1e-20;
+
+// ---- coefficients ---------------------------------------------------------------------------------------------------
+
+DEVICE Pair<double> pair_of(const Complex& v) { return {v.re, v.im}; }
+
+DEVICE double input_of(const Wavelet& w) { return w.alpha.value < kLeastInput ? kLeastInput : w.alpha.value; }
+
+// cos(arg q), sin(arg q).
+DEVICE Pair<double> direction_of(const Wavelet& w) {
+  const double quadrant = rint(4 * w.turns);
+  Pair<double> v;
+  sin_cos_near((w.turns - 0.25 * quadrant) * kTwoPi, static_cast<unsigned>(static_cast<int>(quadrant)), v.im, v.re);
+  return v;
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads) cema_table_kernel(Parameters<A> parameters, int64_t D, double* table) {
+  const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= D * N) return;
+  const int64_t d = i / N, n = i % N;
+  const Wavelet w = parameters.wavelet(d, n);
+  const Pair<double> q = w.rho * direction_of(w), g = gamma_scale(N) * pair_of(parameters.gamma_of(d, n));
+  const double row[kTableRows] = {input_of(w), q.re, q.im, g.re, g.im};
+  UNROLL
+  for (int r = 0; r < kTableRows; ++r) table[r * D * N + i] = row[r];
+}
+
+// ---- from the states chunks end with to those they begin with -------------------------------------------------------
+
+template <class A>
+struct CarryArgs {
+  const A* start;   // [B, D, N, 2] or nullptr: the state at the very beginning
+  double* carries;  // as in ScanArgs
+};
+
+// state <- end + q^s state per chunk, and for the derivative e by q: e <- end_e + q^s e + s q^(s-1) state.
+template <class A, int kStates, bool kAdjoint>
+DEVICE void carry(const CarryArgs<A>& args, const Wavelet& w, int64_t i, int64_t b, int64_t wavelets, int64_t chunks,
+                  int64_t length) {
+  constexpr int kAhead = 4;  // chunks read before the first of them is needed
+  const auto steps = static_cast<double>(length);
+  Pair<double> all = pair_of(w.power(steps)), first{};
+  if constexpr (kAdjoint) all = conj(all);
+  if constexpr (kStates == 2) first = steps * pair_of(w.power(steps - 1));
+  Pair<double> state[kStates] = {};
+  if (args.start != nullptr) {
+    const auto v = load<2>(args.start + 2 * (b * wavelets + i));
+    const double a = kAdjoint ? 1 : input_of(w);
+    state[0] = {v.v[0] / a, v.v[1] / a};
+  }
+  const auto slot = [&](int64_t chunk) { return args.carries + ((b * chunks + chunk) * wavelets + i) * 2 * kStates; };
+  for (int64_t chunk = 0; chunk < chunks; chunk += kAhead) {
+    Pack<double, 2 * kStates> ends[kAhead];
+    UNROLL
+    for (int c = 0; c < kAhead; ++c) {
+      if (chunk + c < chunks) ends[c] = load<2 * kStates>(slot(chunk + c));
+    }
+    UNROLL
+    for (int c = 0; c < kAhead; ++c) {
+      if (chunk + c >= chunks) continue;
+      if constexpr (kStates == 2) {
+        state[1] = Pair<double>{ends[c].v[2], ends[c].v[3]} + (all * state[1] + first * state[0]);
+      }
+      state[0] = Pair<double>{ends[c].v[0], ends[c].v[1]} + all * state[0];
+      Pack<double, 2 * kStates> next;
+      UNROLL
+      for (int s = 0; s < kStates; ++s) {
+        next.v[2 * s] = state[s].re;
+        next.v[2 * s + 1] = state[s].im;
+      }
+      store(slot(chunk + c), next);
+    }
+  }
+}
+
+// chunks: those that have one before them.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    cema_forward_carry_kernel(CarryArgs<A> args, Parameters<A> parameters, int64_t D, int64_t chunks, int64_t length) {
+  const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= D * N) return;
+  carry<A, 1, false>(args, parameters.wavelet(i / N, i % N), i, blockIdx.y, D * N, chunks, length);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    cema_backward_carry_kernel(CarryArgs<A> sensitivity, CarryArgs<A> adjoint, Parameters<A> parameters, int64_t D,
+                               int64_t chunks, int64_t length) {
+  const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= D * N) return;
+  const Wavelet w = parameters.wavelet(i / N, i % N);
+  if (blockIdx.z == 0) {
+    carry<A, 2, false>(sensitivity, w, i, blockIdx.y, D * N, chunks, length);
+  } else {
+    carry<A, 1, true>(adjoint, w, i, blockIdx.y, D * N, chunks, length);
+  }
+}
+
+// ---- from the sums to the gradients of the raw parameters -----------------------------------------------------------
+
+template <class A>
+struct GradientArgs {
+  const double* sums;  // [count, block_sums]: see kSumQ
+  int64_t count, block_sums, D;
+  A *dalpha, *ddelta, *dtheta, *dgamma, *domega;
+};
+
+// A warp per channel, a lane per wavelet.
+template <class A>
+__global__ void __launch_bounds__(kThreads) cema_gradients_kernel(GradientArgs<A> args, Parameters<A> parameters) {
+  const int64_t N = parameters.N, row = args.D * N;
+  const int64_t d = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int lane = lane_index();
+  if (d >= args.D) return;  // a whole warp
+  const auto sum = [&](int64_t i) {
+    double total = 0;
+    for (int64_t p = 0; p < args.count; ++p) total += args.sums[p * args.block_sums + i];
+    return total;
+  };
+  const double scale = gamma_scale(N);
+  double dtheta = 0;
+  for (int64_t n = lane; n < N; n += 32) {
+    const int64_t i = d * N + n;
+    const Wavelet w = parameters.wavelet(d, n);
+    const double a = input_of(w), da = sum(kSumA * row + i);
+    const Pair<double> dq{a * sum(kSumQ * row + i), -a * sum((kSumQ + 1) * row + i)};
+    const Pair<double> dg{a * sum(kSumG * row + i), -a * sum((kSumG + 1) * row + i)};
+    const Pair<double> u = direction_of(w);
+    const double drho = dq.re * u.re + dq.im * u.im, dphi = w.rho * (dq.im * u.re - dq.re * u.im);
+    args.dalpha[i] = static_cast<A>(w.alpha.slope() * (da - w.delta.value * drho));
+    args.ddelta[i] = static_cast<A>(-(w.alpha.value * w.delta.slope() * drho));
+    args.dgamma[2 * i] = static_cast<A>(scale * dg.re);
+    args.dgamma[2 * i + 1] = static_cast<A>(scale * dg.im);
+    dtheta += static_cast<double>(n + 1) / static_cast<double>(N) * kTwoPi * w.theta.slope() * dphi;
+  }
+  dtheta = warp_sum(dtheta);
+  if (lane > 0) return;
+  args.dtheta[d] = static_cast<A>(dtheta);
+  args.domega[d] = static_cast<A>(sum(kSumOmega * row + d));
+}
+
+// ---- a few steps ----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ShortArgs {
+  using A = stat_t<T>;
+  const T* x;
+  Parameters<A> parameters;
+  const A* omega;
+  const A* h0;
+  T* y;
+  A* h;
+  int64_t L, D;
+  Parts parts;
+  int lanes;  // of a channel
+};
+
+// A channel's wavelets are n = lane and, for kGroups = 2, n = lane + 32; at most kSteps steps.
+template <class T, int kSteps, int kGroups>
+__global__ void __launch_bounds__(kThreads) cema_short_kernel(ShortArgs<T> args) {
+  using A = stat_t<T>;
+  const int64_t N = args.parameters.N, L = args.L, D = args.D;
+  const int channels = kThreads / args.lanes;
+  const int64_t d = static_cast<int64_t>(blockIdx.x) * channels + threadIdx.x / args.lanes;
+  const int lane = static_cast<int>(threadIdx.x) % args.lanes;
+  const bool exists = d < D;
+  double a[kGroups] = {};
+  Pair<double> q[kGroups] = {}, g[kGroups] = {}, next[kGroups] = {};
+  const auto has = [&](int k) { return exists && lane + 32 * k < N; };
+  const auto index = [&](int64_t b, int k) { return 2 * ((b * D + d) * N + lane + 32 * k); };
+  const auto read = [&](int64_t b) {
+    UNROLL
+    for (int k = 0; k < kGroups; ++k) {
+      if (args.h0 == nullptr || !has(k)) continue;
+      const auto v = load<2>(args.h0 + index(b, k));
+      next[k] = {v.v[0], v.v[1]};
+    }
+  };
+  UNROLL
+  for (int k = 0; k < kGroups; ++k) {
+    if (!has(k)) continue;
+    const Wavelet w = args.parameters.wavelet(d, lane + 32 * k);
+    a[k] = w.alpha.value;
+    q[k] = w.rho * direction_of(w);
+    g[k] = gamma_scale(N) * pair_of(args.parameters.gamma_of(d, lane + 32 * k));
+  }
+  const A omega = exists ? args.omega[d] : A(0);
+  const int64_t end = args.parts.end(blockIdx.y);
+  int64_t b = args.parts.begin(blockIdx.y);
+  if (b < end) read(b);
+  for (; b < end; ++b) {
+    A x[kSteps];
+    double sums[kSteps];
+    UNROLL
+    for (int t = 0; t < kSteps; ++t) {
+      x[t] = t < L && exists ? widen(args.x[(b * L + t) * D + d]) : A(0);
+      sums[t] = 0;
+    }
+    Pair<double> h[kGroups];
+    UNROLL
+    for (int k = 0; k < kGroups; ++k) h[k] = next[k];
+    if (b + 1 < end) read(b + 1);
+    UNROLL
+    for (int k = 0; k < kGroups; ++k) {
+      UNROLL
+      for (int t = 0; t < kSteps; ++t) {
+        if (t >= L) continue;
+        h[k] = step_of(q[k], h[k], a[k] * static_cast<double>(x[t]));
+        sums[t] += g[k].re * h[k].re - g[k].im * h[k].im;
+      }
+      if (has(k)) store(args.h + index(b, k), Pack<A, 2>{static_cast<A>(h[k].re), static_cast<A>(h[k].im)});
+    }
+    UNROLL
+    for (int t = 0; t < kSteps; ++t) {
+      if (t >= L) continue;
+      A sum = static_cast<A>(sums[t]);
+      for (int bits = args.lanes / 2; bits > 0; bits /= 2) sum += shuffle_xor(sum, bits);
+      if (lane == 0 && exists) args.y[(b * L + t) * D + d] = narrow<T>(omega * x[t] + sum);
+    }
+  }
+}
+
+template <class T>
+void forward_short(const CemaForward& args, void* stream) {
+  using A = stat_t<T>;
+  constexpr int64_t kWantedThreads = 132 * 2048;
+  int lanes = 1;
+  while (lanes < 32 && lanes < args.N) lanes *= 2;
+  const Parts parts = Parts::of(args.B, 1, ceil_div(kWantedThreads, args.D * lanes));
+  const ShortArgs<T> short_args{static_cast<const T*>(args.x),
+                                Parameters<A>::of(args),
+                                static_cast<const A*>(args.omega),
+                                static_cast<const A*>(args.h0),
+                                static_cast<T*>(args.y),
+                                static_cast<A*>(args.h),
+                                args.L,
+                                args.D,
+                                parts,
+                                lanes};
+  auto kernel =
+      args.N <= 32 ? cema_short_kernel<T, kCemaCudaShortSteps, 1> : cema_short_kernel<T, kCemaCudaShortSteps, 2>;
+  if (args.L <= 1) kernel = args.N <= 32 ? cema_short_kernel<T, 1, 1> : cema_short_kernel<T, 1, 2>;
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.D, kThreads / lanes)), static_cast<unsigned>(parts.parts));
+  launch({"cema_short", grid, dim3(kThreads), 0, stream}, kernel, short_args);
+}
+
+// ---- launchers ------------------------------------------------------------------------------------------------------
+
+unsigned blocks_of(int64_t wavelets) { return static_cast<unsigned>(ceil_div(wavelets, kThreads)); }
+
+template <class A, class Args>
+void make_table(const Args& args, double* table, void* stream) {
+  launch({"cema_table", dim3(blocks_of(args.D * args.N)), dim3(kThreads), 0, stream}, cema_table_kernel<A>,
+         Parameters<A>::of(args), args.D, table);
+}
+
+// What the scans have in common.
+template <class T, class Args>
+ScanArgs<T> scan_args(const Args& args, const Plan& plan) {
+  ScanArgs<T> scan{};
+  scan.omega = static_cast<const stat_t<T>*>(args.omega);
+  scan.L = args.L;
+  scan.D = args.D;
+  scan.N = args.N;
+  scan.parts = plan.parts;
+  scan.chunks = plan.chunks;
+  scan.length = plan.length;
+  return scan;
+}
+
+// Calls body(constant lanes).
+template <class Body>
+void visit_lanes(int64_t lanes, Body&& body) {
+  if (lanes == 1) return body(std::integral_constant<int, 1>{});
+  if (lanes == 2) return body(std::integral_constant<int, 2>{});
+  if (lanes == 4) return body(std::integral_constant<int, 4>{});
+  if (lanes == 8) return body(std::integral_constant<int, 8>{});
+  static_assert(Plan::kMostLanes == 16);
+  body(std::integral_constant<int, 16>{});
+}
+
+template <class T, int kLanes>
+void forward(const CemaForward& args, const Plan& plan, void* stream) {
+  using A = stat_t<T>;
+  const int64_t wavelets = args.D * args.N;
+  auto* carries = static_cast<double*>(args.workspace);  // first, since they are read 16 bytes at a time
+  double* table = carries + args.B * (plan.chunks - 1) * wavelets * 2;
+  make_table<A>(args, table, stream);
+  ScanArgs<T> scan = scan_args<T>(args, plan);
+  scan.in = static_cast<const T*>(args.x);
+  scan.out = static_cast<T*>(args.y);
+  scan.table = table;
+  scan.start = static_cast<const A*>(args.h0);
+  scan.last = static_cast<A*>(args.h);
+  scan.carries = carries;
+  if (Plan::has_groups(args.N)) scan.partial = reinterpret_cast<A*>(table + kTableRows * wavelets);
+  scan.packed = can_pack<T>(args.D, args.x, args.y);
+  const int64_t shared = Tiles<T, kLanes>::bytes(1);
+  const auto tiles = static_cast<unsigned>(plan.tiles);
+  const auto walk = [&](auto kernel, const char* name, int64_t rows) {
+    for (scan.first = 0; scan.first < args.N; scan.first += kEach * kLanes) {
+      launch({name, dim3(tiles, static_cast<unsigned>(rows)), dim3(kThreads), shared, stream}, kernel, scan);
+    }
+  };
+  if (plan.chunks > 1) {
+    walk(cema_forward_kernel<T, kLanes, true>, "cema_forward_ends", args.B * (plan.chunks - 1));
+    launch({"cema_forward_carry", dim3(blocks_of(wavelets), static_cast<unsigned>(args.B)), dim3(kThreads), 0, stream},
+           cema_forward_carry_kernel<A>, CarryArgs<A>{scan.start, scan.carries}, Parameters<A>::of(args), args.D,
+           plan.chunks - 1, plan.length);
+  }
+  walk(cema_forward_kernel<T, kLanes, false>, "cema_forward", plan.sums());
+}
+
+template <class T, int kLanes>
+void backward(const CemaBackward& args, const Plan& plan, void* stream) {
+  using A = stat_t<T>;
+  const int64_t wavelets = args.D * args.N;
+  auto* carries = static_cast<double*>(args.workspace);  // first, since they are read 16 bytes at a time
+  double* table = carries + args.B * (plan.chunks - 1) * wavelets * 6;
+  make_table<A>(args, table, stream);
+  ScanArgs<T> adjoint = scan_args<T>(args, plan);
+  adjoint.table = table;
+  adjoint.block_sums = args.cuda_sums();
+  adjoint.packed = can_pack<T>(args.D, args.x, args.dy, args.dx);
+  ScanArgs<T> sensitivity = adjoint;
+  adjoint.carries = carries;
+  sensitivity.carries = carries + args.B * (plan.chunks - 1) * wavelets * 2;
+  double* sums = table + kTableRows * wavelets;
+  double* total = sums + plan.sums() * args.cuda_sums();
+  adjoint.sums = sensitivity.sums = sums;
+  if (Plan::has_groups(args.N)) adjoint.partial = reinterpret_cast<A*>(total + args.cuda_sums());
+  adjoint.in = sensitivity.other = static_cast<const T*>(args.dy);
+  adjoint.other = sensitivity.in = static_cast<const T*>(args.x);
+  adjoint.out = static_cast<T*>(args.dx);
+  adjoint.start = sensitivity.cotangent = static_cast<const A*>(args.dh);
+  adjoint.last = static_cast<A*>(args.dh0);
+  sensitivity.start = static_cast<const A*>(args.h0);
+  const int64_t shared = Tiles<T, kLanes>::bytes(2);
+  const auto tiles = static_cast<unsigned>(plan.tiles);
+  const auto walk = [&](auto kernel, const char* name, int64_t rows) {
+    for (int64_t first = 0; first < args.N; first += kEach * kLanes) {
+      adjoint.first = sensitivity.first = first;
+      launch({name, dim3(tiles, static_cast<unsigned>(rows), 2), dim3(kThreads), shared, stream}, kernel, sensitivity,
+             adjoint);
+    }
+  };
+  if (plan.chunks > 1) {
+    walk(cema_backward_kernel<T, kLanes, true>, "cema_backward_ends", args.B * (plan.chunks - 1));
+    launch(
+        {"cema_backward_carry", dim3(blocks_of(wavelets), static_cast<unsigned>(args.B), 2), dim3(kThreads), 0, stream},
+        cema_backward_carry_kernel<A>, CarryArgs<A>{sensitivity.start, sensitivity.carries},
+        CarryArgs<A>{adjoint.start, adjoint.carries}, Parameters<A>::of(args), args.D, plan.chunks - 1, plan.length);
+  }
+  walk(cema_backward_kernel<T, kLanes, false>, "cema_backward", plan.sums());
+  const bool few = plan.sums() <= Plan::kFewParts;
+  if (!few) add_parts(sums, plan.sums(), args.cuda_sums(), total, stream);
+  const GradientArgs<A> gradients{few ? sums : total,
+                                  few ? plan.sums() : 1,
+                                  args.cuda_sums(),
+                                  args.D,
+                                  static_cast<A*>(args.dalpha),
+                                  static_cast<A*>(args.ddelta),
+                                  static_cast<A*>(args.dtheta),
+                                  static_cast<A*>(args.dgamma),
+                                  static_cast<A*>(args.domega)};
+  launch({"cema_gradients", dim3(static_cast<unsigned>(ceil_div(args.D, kThreads / 32))), dim3(kThreads), 0, stream},
+         cema_gradients_kernel<A>, gradients, Parameters<A>::of(args));
+}
+
+}  // namespace
+
+void cema_forward(const CemaForward& args, void* stream) {
+  if (args.B == 0 || args.D == 0) return;
+  const Plan plan = Plan::of(args);
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (args.is_short()) return forward_short<T>(args, stream);
+    visit_lanes(plan.lanes, [&](auto lanes) { forward<T, lanes.value>(args, plan, stream); });
+  });
+}
+
+void cema_backward(const CemaBackward& args, void* stream) {
+  if (args.D == 0) return;
+  const Plan plan = Plan::of(args);
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    visit_lanes(plan.lanes, [&](auto lanes) { backward<T, lanes.value>(args, plan, stream); });
+  });
+}
+
+}  // namespace megalodon::cuda
