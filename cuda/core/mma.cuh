@@ -18,10 +18,11 @@ struct LoadOperand {
   uint32_t taken[4];
 };
 
-inline uint16_t half_of(const LoadOperand& operand, int i) {
-  uint16_t halves[8];
-  memcpy(halves, &operand.row, sizeof halves);
-  return halves[i];
+// What runs while the lanes meet must be untraced throughout, its helpers too: it stands for an instruction.
+MEGALODON_SIMT_UNTRACED inline uint32_t number_at(void* const operands[32], int row, int column) {
+  uint16_t numbers[8];
+  memcpy(numbers, &static_cast<LoadOperand*>(operands[row])->row, sizeof numbers);
+  return numbers[column];
 }
 
 MEGALODON_SIMT_UNTRACED inline void require_all(const char* what, uint32_t mask, uint32_t live) {
@@ -31,13 +32,13 @@ MEGALODON_SIMT_UNTRACED inline void require_all(const char* what, uint32_t mask,
 template <bool kTransposed>
 MEGALODON_SIMT_UNTRACED void load_matrices(void* const operands[32], uint32_t mask, uint32_t live) {
   require_all("load_matrices", mask, live);
-  const auto of = [&](int lane) -> LoadOperand& { return *static_cast<LoadOperand*>(operands[lane]); };
   for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
     for (int m = 0; m < 4; ++m) {
-      const int g = lane / 4, t = lane % 4;
-      const uint32_t low = kTransposed ? half_of(of(8 * m + 2 * t), g) : half_of(of(8 * m + g), 2 * t);
-      const uint32_t high = kTransposed ? half_of(of(8 * m + 2 * t + 1), g) : half_of(of(8 * m + g), 2 * t + 1);
-      of(lane).taken[m] = low | high << 16;
+      const uint32_t low = kTransposed ? number_at(operands, 8 * m + 2 * t, g) : number_at(operands, 8 * m + g, 2 * t);
+      const uint32_t high =
+          kTransposed ? number_at(operands, 8 * m + 2 * t + 1, g) : number_at(operands, 8 * m + g, 2 * t + 1);
+      static_cast<LoadOperand*>(operands[lane])->taken[m] = low | high << 16;
     }
   }
 }
@@ -48,16 +49,20 @@ struct MmaOperand {
 };
 
 template <class T>
+MEGALODON_SIMT_UNTRACED float half_of(uint32_t pair, int half) {
+  return widen(T{static_cast<uint16_t>(pair >> 16 * half)});
+}
+
+template <class T>
 MEGALODON_SIMT_UNTRACED void mma(void* const operands[32], uint32_t mask, uint32_t live) {
   require_all("mma", mask, live);
-  const auto number = [](uint32_t pair, int half) { return widen(T{static_cast<uint16_t>(pair >> 16 * half)}); };
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& operand = *static_cast<MmaOperand*>(operands[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int half = 0; half < 2; ++half) {
-      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][2 * t + half + i / 2 * 8] = number(operand.a[i], half);
-      for (int i = 0; i < 2; ++i) b[2 * t + half + i * 8][g] = number(operand.b[i], half);
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][2 * t + half + i / 2 * 8] = half_of<T>(operand.a[i], half);
+      for (int i = 0; i < 2; ++i) b[2 * t + half + i * 8][g] = half_of<T>(operand.b[i], half);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
