@@ -36,19 +36,18 @@ DEVICE S await(const Slot* slot) {
 
 // The state before `tile` of the chain of these slots (one per tile, then one per whole window): a warp's work.
 // S{} is the aggregate that changes nothing, fold(lane's aggregate) those of all lanes in order, apply(state,
-// aggregate) the state after; `start` is the state before the first tile.
-template <class State, class S, class Fold, class Apply>
-DEVICE State look_back(Slot* tiles, int64_t tile_count, int64_t tile, const S& aggregate, const State& start,
-                       Fold&& fold, Apply&& apply) {
+// aggregate) the state after; start() the state before the first tile.
+template <class S, class Start, class Fold, class Apply>
+DEVICE auto look_back(Slot* tiles, int tile_count, int tile, const S& aggregate, Start&& start, Fold&& fold,
+                      Apply&& apply) {
+  using State = decltype(start());
   const int lane = lane_index();
-  const int64_t window = tile / kWindow;
-  const int place = static_cast<int>(tile % kWindow);
+  const int window = tile / kWindow;
+  const int place = tile % kWindow;
   Slot* windows = tiles + tile_count;
   if (lane == 0) publish(tiles + tile, aggregate);
-  State before = start;
   const S between = fold(lane < place ? await<S>(tiles + window * kWindow + lane) : S{});
-  if (window > 0) before = await<State>(windows + window - 1);
-  before = apply(before, between);
+  const State before = apply(window > 0 ? await<State>(windows + window - 1) : start(), between);
   if (lane == 0 && place == kWindow - 1) publish(windows + window, apply(before, aggregate));
   return before;
 }

@@ -39,12 +39,13 @@ struct Plan {
   int64_t K;
   int64_t units;   // packs of a group
   int64_t chunks;  // of `lanes` packs of a group, at least 1
-  int64_t slices;  // of the groups
-  int64_t tiles;   // of a row
-  int lanes;       // of a group: a power of two
-  int groups;      // of a slice
+  int slices;      // of the groups
+  int tiles;       // of a row
+  int rows;
+  int lanes;   // of a group: a power of two
+  int groups;  // of a slice
 
-  static Plan of(int64_t G, int64_t K, int64_t tiles, int V) {
+  static Plan of(const TimestepNormChains& chains, int64_t K, int V) {
     Plan plan{};
     plan.K = K;
     plan.units = K / V;
@@ -52,29 +53,31 @@ struct Plan {
     while (plan.lanes < 32 && plan.lanes < plan.units) plan.lanes *= 2;
     plan.chunks = plan.units <= plan.lanes ? 1 : ceil_div(plan.units, plan.lanes);
     plan.groups = 32 / plan.lanes;
-    plan.slices = ceil_div(G, plan.groups);
-    plan.tiles = tiles;
+    plan.slices = static_cast<int>(ceil_div(chains.G, plan.groups));
+    plan.tiles = static_cast<int>(chains.tiles);
+    plan.rows = static_cast<int>(chains.B);
     return plan;
   }
+  int64_t blocks() const { return static_cast<int64_t>(rows) * tiles * slices; }
 };
 
 // What a thread works on: packs of one group, at kHeld steps of a tile.
 struct Work {
-  int64_t slice, b, number, tile;  // number: of the tiles of all rows of this slice, in the order of tickets
-  int64_t first_row;               // of the tile: b * L + the first step
-  int64_t group;                   // may be beyond the last
+  int slice, b, number, tile;  // number: of the tiles of all rows of this slice, in the order of tickets
+  int64_t first_row;           // of the tile: b * L + the first step
+  int group;                   // may be beyond the last
   int warp, lane, lane_of_group, group_of_slice;
   int length;      // steps of the tile
   uint32_t steps;  // those that are not padded
 
-  DEVICE static Work of(const Plan& plan, uint32_t ticket, bool backwards, const uint8_t* mask, int64_t B, int64_t L) {
+  DEVICE static Work of(const Plan& plan, uint32_t ticket, bool backwards, const uint8_t* mask, int64_t L) {
     Work work;
-    work.slice = ticket % plan.slices;
-    work.number = ticket / plan.slices;
-    work.b = work.number % B;
-    work.tile = work.number / B;
-    const int64_t start = (backwards ? plan.tiles - 1 - work.tile : work.tile) * kSteps;
-    work.first_row = work.b * L + start;
+    work.slice = static_cast<int>(ticket) % plan.slices;
+    work.number = static_cast<int>(ticket) / plan.slices;
+    work.b = work.number % plan.rows;
+    work.tile = work.number / plan.rows;
+    const int64_t start = static_cast<int64_t>(backwards ? plan.tiles - 1 - work.tile : work.tile) * kSteps;
+    work.first_row = static_cast<int64_t>(work.b) * L + start;
     work.warp = static_cast<int>(threadIdx.x) / 32;
     work.lane = static_cast<int>(threadIdx.x) % 32;
     work.lane_of_group = work.lane % plan.lanes;
@@ -101,6 +104,15 @@ DEVICE void load_steps(Pack<T, V> (&packs)[kHeld], const void* from, const Work&
     if (exists && work.has(p)) {
       packs[p] = load<V>(static_cast<const T*>(from) + (work.first_row + work.step(p)) * D + column);
     }
+  }
+}
+
+// body(c, column, mine) for every chunk of the thread's group: the column of its pack, and whether there is one.
+template <int V, class Body>
+DEVICE void for_chunks(const Plan& plan, const Work& work, bool exists, Body&& body) {
+  for (int64_t c = 0; c < plan.chunks; ++c) {
+    const int64_t unit = c * plan.lanes + work.lane_of_group;
+    body(c, work.group * plan.K + unit * V, exists && unit < plan.units);
   }
 }
 
@@ -131,8 +143,9 @@ DEVICE Moments merge(const Moments& a, const Moments& b) {
 
 // From the sums of (mu - center) and s + (mu - center)^2.
 DEVICE Moments moments(double center, double n, double sum, double squares) {
-  const double mean = sum / n;
-  const double var = squares / n - mean * mean;
+  const double per_step = 1 / n;
+  const double mean = sum * per_step;
+  const double var = squares * per_step - mean * mean;
   return {n, center + mean, var < 0 ? 0 : var};
 }
 
@@ -160,13 +173,14 @@ DEVICE Moments scan_steps(double mu, double s, bool some) {
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(TimestepNormForward args, Plan plan) {
   using A = stat_t<T>;
-  SHARED(double, mu, [32][kRow]);  // of the unpadded steps in order
-  SHARED(A, s, [32][kRow]);
-  SHARED(A, mean, [32][kRow]);  // M' after so many unpadded steps of the tile
-  SHARED(A, rstd, [32][kRow]);
+  using Packs = Pack<T, V>;
+  SHARED(Packs, held, [kHeld][kThreads]);  // x; registers are short while the states are computed
+  SHARED(double, mu, [32][kRow]);          // of the unpadded steps in order
+  SHARED(A, mean, [32][kRow]);             // M' after so many unpadded steps of the tile
+  SHARED(A, rstd, [32][kRow]);             // r likewise; before that, s in the order of mu
   const bool looks_back = plan.tiles > 1;
   const uint32_t ticket = looks_back ? take_ticket(static_cast<uint32_t*>(args.workspace)) : blockIdx.x;
-  const Work work = Work::of(plan, ticket, false, args.padding_mask, args.B, args.L);
+  const Work work = Work::of(plan, ticket, false, args.padding_mask, args.L);
   const bool exists = work.group < args.G;
   const bool leads = exists && work.lane_of_group == 0;
   const auto size = static_cast<A>(plan.K);
@@ -176,18 +190,9 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
   A origin[kHeld];
   A away[kHeld] = {};  // mu - origin
   A squares[kHeld] = {};
-  const auto for_chunks = [&](bool first, auto&& body) {
-    for (int64_t c = 0; c < plan.chunks; ++c) {
-      const int64_t unit = c * plan.lanes + work.lane_of_group;
-      const bool mine = exists && unit < plan.units;
-      const int64_t column = work.group * plan.K + unit * V;
-      if (first || plan.chunks > 1) load_steps(x, args.x, work, args.D, column, mine);
-      UNROLL
-      for (int p = 0; p < kHeld; ++p) hold_packed(x[p]);
-      body(c, column, mine);
-    }
-  };
-  for_chunks(true, [&](int64_t c, int64_t, bool mine) {
+  const bool reads_again = plan.chunks > 1;
+  for_chunks<V>(plan, work, exists, [&](int64_t c, int64_t column, bool mine) {
+    load_steps(x, args.x, work, args.D, column, mine);
     UNROLL
     for (int p = 0; p < kHeld; ++p) {
       if (c == 0) origin[p] = shuffle(widen(x[p].v[0]), work.lane - work.lane_of_group);
@@ -198,9 +203,11 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
   add_lanes(away, plan.lanes);
   UNROLL
   for (int p = 0; p < kHeld; ++p) away[p] /= size;
-  for_chunks(false, [&](int64_t, int64_t, bool mine) {
+  for_chunks<V>(plan, work, exists, [&](int64_t, int64_t column, bool mine) {
+    if (reads_again) load_steps(x, args.x, work, args.D, column, mine);
     UNROLL
     for (int p = 0; p < kHeld; ++p) {
+      hold_packed(x[p]);
       UNROLL
       for (int j = 0; j < V; ++j) {
         const A d = widen(x[p].v[j]) - origin[p] - away[p];
@@ -214,35 +221,40 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
     if (!leads || !work.has(p)) continue;
     const int rank = work.rank(work.step(p));
     mu[work.group_of_slice][rank] = static_cast<double>(origin[p]) + static_cast<double>(away[p]);
-    s[work.group_of_slice][rank] = squares[p] / size;
+    rstd[work.group_of_slice][rank] = squares[p] / size;
   }
+  UNROLL
+  for (int p = 0; p < kHeld; ++p) held[p][threadIdx.x] = x[p];
   sync_block();  // every step has been measured
 
   const int count = count_bits(work.steps);
   for (int i = work.warp; i < plan.groups; i += kWarps) {
-    const int64_t g = work.slice * plan.groups + i;
+    const int g = work.slice * plan.groups + i;
     if (g >= args.G) break;
     const int64_t chain = work.b * args.G + g;
     const int lane = work.lane;
     const bool some = lane < count;
-    const Moments steps = scan_steps(some ? mu[i][lane] : 0, some ? s[i][lane] : 0, some);
+    const Moments steps = scan_steps(some ? mu[i][lane] : 0, some ? rstd[i][lane] : 0, some);
     Moments all = shuffle_all(steps, count > 0 ? count - 1 : 0);
     if (count == 0) all = {};
-    Moments before = {0, 0, 1};
-    if (args.count != nullptr) {
-      before.n = static_cast<double>(args.count[work.b]);
-      before.mean = static_cast<const A*>(args.mean)[chain];
-      before.var = static_cast<const A*>(args.var)[chain];
-    }
+    const auto given = [&] {
+      if (args.count == nullptr) return Moments{0, 0, 1};
+      return Moments{static_cast<double>(args.count[work.b]), static_cast<const A*>(args.mean)[chain],
+                     static_cast<const A*>(args.var)[chain]};
+    };
+    Moments before;
     if (looks_back) {
       auto* slots = reinterpret_cast<Slot*>(static_cast<char*>(args.workspace) + TimestepNormChains::kTicketBytes);
-      const int64_t of_chain = plan.tiles + plan.tiles / kWindow;
-      before = look_back(slots + chain * of_chain, plan.tiles, work.tile, all, before, pool, merge);
+      const int of_chain = plan.tiles + plan.tiles / kWindow;
+      before = look_back(slots + chain * of_chain, plan.tiles, work.tile, all, given, pool, merge);
+    } else {
+      before = given();
     }
     const auto keep = [&](int rank, const Moments& state) {
       mean[i][rank] = static_cast<A>(state.mean);
       rstd[i][rank] = A(1) / sqrt(static_cast<A>(state.var + args.eps));
     };
+    sync_warp();  // every s has been read
     if (some) keep(lane + 1, merge(before, steps));
     if (lane > 0) continue;
     keep(0, before);
@@ -254,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
   }
   sync_block();  // the states are there
 
-  for_chunks(false, [&](int64_t c, int64_t column, bool mine) {
+  for_chunks<V>(plan, work, exists, [&](int64_t c, int64_t column, bool mine) {
     Pack<A, V> weight = {};
     Pack<A, V> bias = {};
     if (mine) {
@@ -275,14 +287,16 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
       }
       if (!mine) continue;
       Pack<T, V> y = {};
+      const int64_t at = row * args.D + column;
       if (work.has(p)) {
+        const Pack<T, V> again = reads_again ? load<V>(static_cast<const T*>(args.x) + at) : held[p][threadIdx.x];
         UNROLL
         for (int j = 0; j < V; ++j) {
-          const A normed = (widen(x[p].v[j]) - m) * r;
+          const A normed = (widen(again.v[j]) - m) * r;
           y.v[j] = narrow<T>(normed * weight.v[j] + normed + bias.v[j]);
         }
       }
-      store(static_cast<T*>(args.y) + row * args.D + column, y);
+      store(static_cast<T*>(args.y) + at, y);
     }
   });
 }
@@ -339,61 +353,46 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
     timestep_norm_backward_kernel(TimestepNormBackward args, Plan plan, TimestepNormBackwardRoom room) {
   using A = stat_t<T>;
-  constexpr int kColumns = 32 * V;            // of a chunk, padded to whole groups
-  SHARED(A, shift, [32][kRow]);               // sums of u, then what dx is at x = M'; of the unpadded steps in order
-  SHARED(A, slope, [32][kRow]);               // sums of u (x - M'), then what dx gains with x - M'
-  SHARED(A, drift, [32][kRow]);               // sums of x - M'
-  SHARED(A, scale, [32][kRow]);               // r
-  SHARED(A, columns, [2][kWarps][kColumns]);  // sums of dweight and dbias
+  constexpr int kColumns = 32 * V;  // of a chunk, padded to whole groups
+  SHARED(A, shift, [32][kRow]);     // r sum(u), then what dx is at x = M'; of the unpadded steps in order
+  SHARED(A, slope, [32][kRow]);     // r^3 sum(u (x - M')), then what dx gains with x - M'
+  SHARED(A, drift, [32][kRow]);     // mu - M'
+  using Packs = Pack<T, V>;
+  SHARED(Packs,
+         held, [kHeld][kThreads]);  // x; then, when it is done with, sums of dweight and dbias: [2][kWarps][kColumns]
+  static_assert(sizeof held >= 2 * kWarps * kColumns * sizeof(A));
+  A* const columns = reinterpret_cast<A*>(held);
   auto* memory = static_cast<char*>(args.workspace);
   const uint32_t ticket = take_ticket(reinterpret_cast<uint32_t*>(memory));
-  const Work work = Work::of(plan, ticket, true, args.padding_mask, args.B, args.L);
+  const Work work = Work::of(plan, ticket, true, args.padding_mask, args.L);
   const bool exists = work.group < args.G;
   const bool leads = exists && work.lane_of_group == 0;
 
   Pack<T, V> x[kHeld];
   Pack<T, V> dy[kHeld];
-  Pack<A, V> weight;
-  A mean[kHeld] = {};
-  A rstd[kHeld] = {};
-  UNROLL
-  for (int p = 0; p < kHeld; ++p) {
-    if (!exists || !work.has(p)) continue;
-    const int64_t i = (work.first_row + work.step(p)) * args.G + work.group;
-    mean[p] = static_cast<const A*>(args.step_mean)[i];
-    rstd[p] = static_cast<const A*>(args.step_rstd)[i];
-  }
-  const auto for_chunks = [&](bool first, auto&& body) {
-    for (int64_t c = 0; c < plan.chunks; ++c) {
-      const int64_t unit = c * plan.lanes + work.lane_of_group;
-      const bool mine = exists && unit < plan.units;
-      const int64_t column = work.group * plan.K + unit * V;
-      if (first || plan.chunks > 1) {
-        load_steps(x, args.x, work, args.D, column, mine);
-        load_steps(dy, args.dy, work, args.D, column, mine);
-        weight = {};
-        if (mine) weight = load<V>(static_cast<const A*>(args.weight) + column);
-      }
-      UNROLL
-      for (int p = 0; p < kHeld; ++p) {
-        hold_packed(x[p]);
-        hold_packed(dy[p]);
-      }
-      body(c, column, mine);
-    }
+  const auto size = static_cast<A>(plan.K);
+  const auto* means = static_cast<const A*>(args.step_mean) + work.first_row * args.G + work.group;
+  const auto* rstds = static_cast<const A*>(args.step_rstd) + work.first_row * args.G + work.group;
+  const bool reads_again = plan.chunks > 1;
+  const auto load_weight = [&](int64_t column, bool mine) {
+    return mine ? load<V>(static_cast<const A*>(args.weight) + column) : Pack<A, V>{};
   };
-
   A u_sums[kHeld] = {};
   A product_sums[kHeld] = {};
   A sums[kHeld] = {};
-  for_chunks(true, [&](int64_t, int64_t, bool mine) {
+  for_chunks<V>(plan, work, exists, [&](int64_t, int64_t column, bool mine) {
+    load_steps(x, args.x, work, args.D, column, mine);
+    load_steps(dy, args.dy, work, args.D, column, mine);
+    const Pack<A, V> weight = load_weight(column, mine);
     UNROLL
     for (int p = 0; p < kHeld; ++p) {
+      held[p][threadIdx.x] = x[p];
       if (!mine || !work.has(p)) continue;
+      const A mean = means[work.step(p) * args.G];
       UNROLL
       for (int j = 0; j < V; ++j) {
         const A g = widen(dy[p].v[j]);
-        const A d = widen(x[p].v[j]) - mean[p];
+        const A d = widen(x[p].v[j]) - mean;
         const A u = g * weight.v[j] + g;
         u_sums[p] += u;
         product_sums[p] += u * d;
@@ -408,26 +407,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int p = 0; p < kHeld; ++p) {
     if (!leads || !work.has(p)) continue;
     const int rank = work.rank(work.step(p));
-    shift[work.group_of_slice][rank] = u_sums[p];
-    slope[work.group_of_slice][rank] = product_sums[p];
-    drift[work.group_of_slice][rank] = sums[p];
-    scale[work.group_of_slice][rank] = rstd[p];
+    const A r = rstds[work.step(p) * args.G];
+    shift[work.group_of_slice][rank] = r * u_sums[p];
+    slope[work.group_of_slice][rank] = r * product_sums[p] * r * r;  // in an order in which 0 stays 0
+    drift[work.group_of_slice][rank] = sums[p] / size;
   }
   sync_block();  // every step's sums are there
 
   const int count = count_bits(work.steps);
-  const double K = static_cast<double>(plan.K);
   const int64_t start = args.count == nullptr ? 0 : args.count[work.b];
-  int64_t before = (plan.tiles - 1 - work.tile) * kSteps;
+  int64_t before = static_cast<int64_t>(plan.tiles - 1 - work.tile) * kSteps;
   int64_t total = args.L;
   if (args.padding_mask != nullptr) {
-    const auto* counts = reinterpret_cast<const int64_t*>(memory + room.counts) + work.b * (plan.tiles + 1);
+    const auto* counts =
+        reinterpret_cast<const int64_t*>(memory + room.counts) + static_cast<int64_t>(work.b) * (plan.tiles + 1);
     before = counts[plan.tiles - 1 - work.tile];
     total = counts[plan.tiles];
   }
   const double last_n = start + total > 0 ? static_cast<double>(start + total) : 1;
   for (int i = work.warp; i < plan.groups; i += kWarps) {
-    const int64_t g = work.slice * plan.groups + i;
+    const int g = work.slice * plan.groups + i;
     if (g >= args.G) break;
     const int64_t chain = work.b * args.G + g;
     const bool some = work.lane < count;
@@ -435,24 +434,26 @@ __global__ void __launch_bounds__(kThreads, 2)
     Change step = {};
     if (some) {
       const double n = static_cast<double>(start + before + rank + 1);
-      const double r = scale[i][rank];
       const double per_step = 1 / n;
-      step.e = n > 1 ? 2 * drift[i][rank] / (K * (n - 1)) : 0;  // mu - M' is 0 at the first step, but for rounding
-      step.lost = r * r * r * slope[i][rank] * (0.5 * per_step);
-      step.gained = step.e * step.lost - r * shift[i][rank] * per_step;
+      step.e = n > 1 ? 2 * drift[i][rank] / (n - 1) : 0;  // mu - M' is 0 at the first step, but for rounding
+      step.lost = slope[i][rank] * (0.5 * per_step);
+      step.gained = step.e * step.lost - shift[i][rank] * per_step;
     }
     const Change steps = warp_scan(step, join);
     const Change all = shuffle_all(steps, 31);
-    Adjoints later = {};
-    if (args.dmean != nullptr) later.mean = static_cast<const A*>(args.dmean)[chain] / last_n;
-    if (args.dvar != nullptr) later.var = static_cast<const A*>(args.dvar)[chain] / last_n;
+    const auto given = [&] {
+      Adjoints last = {};
+      if (args.dmean != nullptr) last.mean = static_cast<const A*>(args.dmean)[chain] / last_n;
+      if (args.dvar != nullptr) last.var = static_cast<const A*>(args.dvar)[chain] / last_n;
+      return last;
+    };
     auto* slots = reinterpret_cast<Slot*>(memory + room.slots);
-    const int64_t of_chain = plan.tiles + plan.tiles / kWindow;
-    later = look_back(slots + chain * of_chain, plan.tiles, work.tile, all, later, fold, apply);
+    const int of_chain = plan.tiles + plan.tiles / kWindow;
+    const Adjoints later = look_back(slots + chain * of_chain, plan.tiles, work.tile, all, given, fold, apply);
     if (some) {
       const Adjoints a = apply(later, steps);
-      shift[i][rank] = static_cast<A>((a.mean + step.e * a.var) / K);
-      slope[i][rank] = static_cast<A>(2 * a.var / K);
+      shift[i][rank] = static_cast<A>(a.mean + step.e * a.var) / size;
+      slope[i][rank] = static_cast<A>(2 * a.var) / size;
     }
     if (work.lane > 0 || work.tile + 1 < plan.tiles || args.dmean0 == nullptr) continue;
     const Adjoints first = apply(later, all);
@@ -462,35 +463,44 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   sync_block();  // shift and slope are there
 
-  const int64_t part = work.number % room.parts;
-  const auto turn = static_cast<uint32_t>(work.number / room.parts);
+  const int parts = static_cast<int>(room.parts);
+  const int part = work.number % parts;
+  const auto turn = static_cast<uint32_t>(work.number / parts);
   uint32_t* turns = reinterpret_cast<uint32_t*>(memory + room.turns) + work.slice * room.parts + part;
-  for_chunks(false, [&](int64_t c, int64_t column, bool mine) {
+  for_chunks<V>(plan, work, exists, [&](int64_t c, int64_t column, bool mine) {
+    if (reads_again) load_steps(dy, args.dy, work, args.D, column, mine);
+    const Pack<A, V> weight = load_weight(column, mine);
     Pack<A, V> dweight = {};
     Pack<A, V> dbias = {};
     UNROLL
     for (int p = 0; p < kHeld; ++p) {
       const int step = work.step(p);
+      hold_packed(dy[p]);
       if (!mine || step >= work.length) continue;
       Pack<T, V> dx = {};
+      const int64_t at = (work.first_row + step) * args.D + column;
       if (work.has(p)) {
+        const Pack<T, V> again = reads_again ? load<V>(static_cast<const T*>(args.x) + at) : held[p][threadIdx.x];
+        const A mean = means[step * args.G];
         const int rank = work.rank(step);
         const A rise = shift[work.group_of_slice][rank];
         const A gain = slope[work.group_of_slice][rank];
+        const A rstd = rstds[step * args.G];
         UNROLL
         for (int j = 0; j < V; ++j) {
           const A g = widen(dy[p].v[j]);
-          const A d = widen(x[p].v[j]) - mean[p];
-          const A scaled = g * rstd[p];
+          const A d = widen(again.v[j]) - mean;
+          const A scaled = g * rstd;
           dx.v[j] = narrow<T>(scaled * weight.v[j] + (scaled + (gain * d + rise)));
           dweight.v[j] += scaled * d;
           dbias.v[j] += g;
         }
       }
-      store(static_cast<T*>(args.dx) + (work.first_row + step) * args.D + column, dx);
+      store(static_cast<T*>(args.dx) + at, dx);
     }
-    store(&columns[0][work.warp][work.lane * V], dweight);
-    store(&columns[1][work.warp][work.lane * V], dbias);
+    sync_block();  // all threads are done with x
+    store(columns + work.warp * kColumns + work.lane * V, dweight);
+    store(columns + (kWarps + work.warp) * kColumns + work.lane * V, dbias);
     if (c == 0 && threadIdx.x == 0) {
       while (load_acquire(turns) != turn) {
       }
@@ -502,7 +512,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t unit = c * plan.lanes + of_chunk % plan.lanes;
       if (g >= args.G || unit >= plan.units) continue;
       A sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += columns[i / kColumns][w][i % kColumns];
+      for (int w = 0; w < kWarps; ++w) sum += columns[(i / kColumns * kWarps + w) * kColumns + i % kColumns];
       A* total_sum = reinterpret_cast<A*>(memory + room.sums) + (i / kColumns * room.parts + part) * args.D +
                      g * plan.K + unit * V + i % V;
       *total_sum = turn == 0 ? sum : *total_sum + sum;
@@ -517,10 +527,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, int V>
 void forward(const TimestepNormForward& args, void* stream) {
   const TimestepNormChains chains = args.chains();
-  const Plan plan = Plan::of(args.G, args.K(), chains.tiles, V);
+  const Plan plan = Plan::of(chains, args.K(), V);
   if (chains.tiles > 1) clear(args.workspace, args.workspace_bytes(true), stream);
-  launch({"timestep_norm_forward", dim3(static_cast<unsigned>(args.B * plan.tiles * plan.slices)), dim3(kThreads), 0,
-          stream},
+  launch({"timestep_norm_forward", dim3(static_cast<unsigned>(plan.blocks())), dim3(kThreads), 0, stream},
          timestep_norm_forward_kernel<T, V>, args, plan);
 }
 
@@ -528,7 +537,7 @@ template <class T, int V>
 void backward(const TimestepNormBackward& args, void* stream) {
   using A = stat_t<T>;
   const TimestepNormChains chains = args.chains();
-  const Plan plan = Plan::of(args.G, args.K(), chains.tiles, V);
+  const Plan plan = Plan::of(chains, args.K(), V);
   const auto room = TimestepNormBackwardRoom::of(chains, args.D, args.padding_mask != nullptr, stat_dtype(args.dtype));
   auto* memory = static_cast<char*>(args.workspace);
   if (args.B > 0) {
@@ -538,8 +547,7 @@ void backward(const TimestepNormBackward& args, void* stream) {
              timestep_norm_count_kernel<int64_t>, args.padding_mask, args.L, plan.tiles,
              reinterpret_cast<int64_t*>(memory + room.counts));
     }
-    launch({"timestep_norm_backward", dim3(static_cast<unsigned>(args.B * plan.tiles * plan.slices)), dim3(kThreads), 0,
-            stream},
+    launch({"timestep_norm_backward", dim3(static_cast<unsigned>(plan.blocks())), dim3(kThreads), 0, stream},
            timestep_norm_backward_kernel<T, V>, args, plan, room);
   }
   const A* sums = reinterpret_cast<const A*>(memory + room.sums);
