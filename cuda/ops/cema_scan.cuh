@@ -586,9 +586,13 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
     for (; t0 + kStep <= rows; t0 += kStep) {
       A v[kStep];
       UNROLL
-      for (int j = 0; j < kStep; ++j) v[j] = advance(t0 + j);
+      for (int j = 0; j < kStep; ++j) {
+        if (kStep > 8 && j % 8 == 0) sync_warp();  // the registers do not suffice for reading all steps ahead
+        v[j] = advance(t0 + j);
+      }
       if constexpr (kOutput) {
         sum_over_lanes<kLanes, kStep>(v, lane, kApart);
+        if constexpr (kLanes > 1) sync_warp();  // all lanes have read what is overwritten
         UNROLL
         for (int j = 0; j < kOwn; ++j) write(t0 + lane * kOwn + j, v[j]);
       }
@@ -598,6 +602,7 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
       if constexpr (kOutput) {
         UNROLL
         for (int bit = kLanes / 2; bit > 0; bit /= 2) v += shuffle_xor(v, bit * kApart);
+        if constexpr (kLanes > 1) sync_warp();
         if (lane == 0) write(t0, v);
       }
     }

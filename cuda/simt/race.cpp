@@ -148,8 +148,8 @@ void note(const void* pointer, size_t bytes, bool writes, bool atomic, const voi
       cell.write = now;
       cell.read.epoch = 0;
     } else {
-      const bool joins = cell.read.epoch == now.epoch && cell.read.block == now.block;
       const Access before = cell.read;
+      const bool joins = before.epoch == now.epoch && before.block == now.block && !ordered(before, *thread);
       cell.read = now;
       if (joins && before.thread != now.thread) cell.read.thread = kSeveral;
       if (joins && before.warp != now.warp) cell.read.warp = kSeveral;
