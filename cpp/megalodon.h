@@ -272,7 +272,8 @@ MEGALODON_API int megalodon_timestep_norm_forward(const DLTensor* x, const DLTen
                                                   const DLTensor* mean, const DLTensor* var,
                                                   const DLTensor* padding_mask, const DLTensor* cu_seqlens, DLTensor* y,
                                                   DLTensor* last_count, DLTensor* last_mean, DLTensor* last_var,
-                                                  DLTensor* step_mean, DLTensor* step_rstd, void* stream);
+                                                  DLTensor* step_mean, DLTensor* step_rstd, DLTensor* workspace,
+                                                  void* stream);
 MEGALODON_API int megalodon_timestep_norm_backward_outputs(const DLTensor* dy, const DLTensor* dmean,
                                                            const DLTensor* dvar, const DLTensor* x,
                                                            const DLTensor* weight, const DLTensor* count,

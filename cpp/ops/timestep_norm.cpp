@@ -400,12 +400,12 @@ extern "C" int megalodon_timestep_norm_forward(const DLTensor* x, const DLTensor
                                                const DLTensor* mean, const DLTensor* var, const DLTensor* padding_mask,
                                                const DLTensor* cu_seqlens, DLTensor* y, DLTensor* last_count,
                                                DLTensor* last_mean, DLTensor* last_var, DLTensor* step_mean,
-                                               DLTensor* step_rstd, void* stream) {
+                                               DLTensor* step_rstd, DLTensor* workspace, void* stream) {
   return guarded([&] {
     Checker c("timestep_norm");
     const TimestepNormForward args =
         check_timestep_norm(c, x, weight, bias, num_groups, eps, count, mean, var, padding_mask, cu_seqlens,
-                            {y, last_count, last_mean, last_var, step_mean, step_rstd});
+                            {y, last_count, last_mean, last_var, step_mean, step_rstd, workspace});
     run_on(c, args, cpu::timestep_norm_forward, cuda::timestep_norm_forward, stream);
   });
 }

@@ -41,6 +41,24 @@ struct TimestepNormTiles {
   }
 };
 
+// The CUDA kernels cut time into tiles of kSteps steps. Every group of every row is a chain of tiles, in which a tile
+// gets what came before it through the workspace: a slot for every tile and one for every whole window of tiles
+// (cuda/core/look_back.cuh). They take tiles by ticket, so that a tile waits for none that may never run.
+struct TimestepNormChains {
+  static constexpr int64_t kSteps = 32;
+  static constexpr int64_t kWindow = 32;
+  static constexpr int64_t kSlotBytes = 32;
+  static constexpr int64_t kTicketBytes = 64;
+  int64_t B, G;
+  int64_t tiles;  // of a row, at least 1
+
+  static constexpr TimestepNormChains of(int64_t B, int64_t L, int64_t G) {
+    return {B, G, L < 1 ? 1 : ceil_div(L, kSteps)};
+  }
+  MEGALODON_HOST_DEVICE constexpr int64_t slots() const { return tiles + tiles / kWindow; }  // of a chain
+  constexpr int64_t slot_bytes() const { return B * G * slots() * kSlotBytes; }
+};
+
 struct TimestepNormForward {
   DType dtype;                  // of x and y
   const void* x;                // [B, L, D]
@@ -56,11 +74,16 @@ struct TimestepNormForward {
   void* last_var;               // [B, G] stat
   void* step_mean;              // [B, L, G] stat
   void* step_rstd;              // [B, L, G] stat
+  void* workspace;              // CUDA, where a row has several tiles: the ticket, then the chains' slots
   int64_t B, L, D, G;
   double eps;
 
   int64_t K() const { return D / G; }
   __attribute__((always_inline)) TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
+  TimestepNormChains chains() const { return TimestepNormChains::of(B, L, G); }
+  int64_t workspace_bytes(bool on_cuda) const {
+    return on_cuda && chains().tiles > 1 ? TimestepNormChains::kTicketBytes + chains().slot_bytes() : 0;
+  }
 };
 
 struct TimestepNormBackward {
@@ -79,13 +102,47 @@ struct TimestepNormBackward {
   void* dbias;                  // [D] stat
   void* dmean0;                 // [B, G] stat, nullptr with count
   void* dvar0;                  // [B, G] stat, nullptr with count
-  void* workspace;              // parameter sums of dweight, dbias
+  void* workspace;              // CPU: parameter sums of dweight, dbias; CUDA: TimestepNormBackwardRoom
   int64_t B, L, D, G;
 
   int64_t K() const { return D / G; }
   __attribute__((always_inline)) TimestepNormTiles tiles() const { return TimestepNormTiles::of(B, G, K()); }
   Parts parts() const { return Parts::of(B, 1); }
+  TimestepNormChains chains() const { return TimestepNormChains::of(B, L, G); }
+  int64_t workspace_bytes(bool on_cuda) const;
 };
+
+// The workspace of the CUDA backward kernel, in this order; what stands before `counts` starts as 0. Tiles are numbered
+// from the end of time, the rows' tiles of one number side by side, and add their sums of dweight and dbias to part
+// number % parts, in turn: few enough parts to stay in L2, enough of them that a tile seldom waits for its turn.
+struct TimestepNormBackwardRoom {
+  int64_t parts;
+  int64_t slots;   // bytes from the start, behind the ticket
+  int64_t turns;   // [G, parts] uint32: of a slice of groups, how many tiles have added to a part
+  int64_t counts;  // [B, tiles + 1] int64: the unpadded steps of a row before a tile; only with a mask
+  int64_t sums;    // [2, parts, D] stat
+  int64_t bytes;
+
+  static constexpr TimestepNormBackwardRoom of(const TimestepNormChains& chains, int64_t D, bool masked, DType stat) {
+    const int64_t wanted = (int64_t{1} << 18) / (D < 1 ? 1 : D);
+    const int64_t most = chains.B * chains.tiles;
+    TimestepNormBackwardRoom room{};
+    room.parts = wanted < 32 ? 32 : wanted > 1024 ? 1024 : wanted;
+    if (room.parts > most) room.parts = most;
+    room.slots = TimestepNormChains::kTicketBytes;
+    room.turns = room.slots + chains.slot_bytes();
+    room.counts = round_up(room.turns + chains.G * room.parts * 4, 16);
+    room.sums = round_up(room.counts + (masked ? chains.B * (chains.tiles + 1) * 8 : 0), 16);
+    room.bytes = room.sums + 2 * room.parts * D * size_of(stat);
+    return room;
+  }
+};
+
+inline int64_t TimestepNormBackward::workspace_bytes(bool on_cuda) const {
+  const DType stat = stat_dtype(dtype);
+  return on_cuda ? TimestepNormBackwardRoom::of(chains(), D, padding_mask != nullptr, stat).bytes
+                 : parameter_sums_bytes(parts().parts, 2 * D, stat);
+}
 
 // What both directions check alike.
 struct TimestepNormInputs {
@@ -151,6 +208,7 @@ static inline TimestepNormForward check_timestep_norm(Checker& c, const DLTensor
   args.D = in.D.size;
   args.G = G;
   args.eps = eps;
+  args.workspace = out.workspace(c, args.workspace_bytes(c.on_cuda()));
   return args;
 }
 
@@ -188,7 +246,7 @@ static inline TimestepNormBackward check_timestep_norm_backward(
   args.dmean0 = out.gradient(c, "dmean0", in.mean, in.stat);
   args.dvar0 = out.gradient(c, "dvar0", in.var, in.stat);
   if (!in.mean.present) args.dmean0 = args.dvar0 = nullptr;
-  args.workspace = out.workspace(c, parameter_sums_bytes(args.parts().parts, 2 * args.D, in.stat));
+  args.workspace = out.workspace(c, args.workspace_bytes(c.on_cuda()));
   return args;
 }
 

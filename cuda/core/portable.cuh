@@ -168,6 +168,15 @@ DEVICE unsigned ballot(bool predicate, unsigned mask = kAllLanes, [[maybe_unused
 #endif
 }
 
+// How many bits are set.
+DEVICE int count_bits(uint32_t bits) {
+#if MEGALODON_NVCC
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
 // ---- memory order ---------------------------------------------------------------------------------------------------
 
 // Orders this thread's earlier accesses before its later ones, as seen by the whole GPU.
@@ -270,6 +279,13 @@ DEVICE To bits_as(From value) {
   return result;
 #else
   return __builtin_bit_cast(To, value);
+#endif
+}
+
+// The compiler forgets what it knows of the value. What it has computed of it then need not be held in registers.
+DEVICE void forget([[maybe_unused]] uint32_t& value) {
+#if MEGALODON_NVCC
+  asm volatile("" : "+r"(value));
 #endif
 }
 
