@@ -59,7 +59,8 @@ demo: setup  ## Train for three minutes on Python's standard library, compare wi
 test: setup  ## Run the tests (ARGS= goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
-# The compiler's flags of each build are in cuda/build.cmake. Races hide: several schedules, on fewer shapes.
+# The compiler's flags of each build are in cuda/build.cmake. Races hide: several schedules, on fewer shapes. The
+# sanitizers end the process at their first report, on a standard error that pytest must not have taken.
 test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor.md; ARGS= as above)
 	$(BIN)/cmake --preset simt -DPython_EXECUTABLE=$(abspath $(BIN))/python > /dev/null
 	$(BIN)/cmake --build --preset simt
@@ -68,7 +69,7 @@ test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor
 	  MEGALODON_TEST_BACKEND=simt $(SIMT_PYTEST) && \
 	  MEGALODON_TEST_BACKEND=simt_race MEGALODON_EXAMPLES=5 $(SIMT_PYTEST) || exit 1; \
 	done
-	MEGALODON_TEST_BACKEND=simt_asan ASAN_OPTIONS=$(ASAN) LD_PRELOAD="$(SANITIZERS)" $(SIMT_PYTEST)
+	MEGALODON_TEST_BACKEND=simt_asan ASAN_OPTIONS=$(ASAN) LD_PRELOAD="$(SANITIZERS)" $(SIMT_PYTEST) --capture=sys
 
 gpu-check:  ## On a machine with a GPU, with its own Python: build, test and measure there (PARTS= picks; no network)
 	$(PYTHON) tests/gpu_check.py $(PARTS)

@@ -13,7 +13,7 @@ struct Linear {
   const void* scale;     // [out]
   const void* added[2];  // [B, out]
   void* y;               // [B, out]
-  void* wide;            // [B, in] stat: room for x of a 16-bit type
+  void* wide;            // [B, in] stat: room for x of a 16-bit type; not on the GPU
   int64_t in, out;
 };
 

@@ -51,8 +51,9 @@ class BlockStepMemory {
   int64_t used_ = 0;
 };
 
-// Gives what one kernel makes to the next. All pointers to inputs, weights and the state are there already.
-static inline int64_t connect_block_step(BlockStep& s, void* workspace) {
+// Gives what one kernel makes to the next, and returns the bytes of the workspace. All pointers to inputs, weights and
+// the state are there already.
+static inline int64_t connect_block_step(BlockStep& s, bool on_cuda, void* workspace) {
   BlockStepMemory memory(workspace);
   const DType dtype = s.timenorm.dtype;
   const int64_t width = size_of(dtype), stat = size_of(stat_dtype(dtype));
@@ -60,16 +61,17 @@ static inline int64_t connect_block_step(BlockStep& s, void* workspace) {
   const auto stats = [&](int64_t n) { return memory.take(s.B * n * stat); };
   const auto feed = [&](Linear& linear, const void* x) {
     linear.x = x;
-    linear.wide = width < stat ? stats(linear.in) : nullptr;
+    linear.wide = width < stat && !on_cuda ? stats(linear.in) : nullptr;
   };
 
   s.timenorm.y = rows(s.D);
   s.timenorm.last_count = static_cast<int64_t*>(memory.take(s.B * 8));  // tiles of one row must not overwrite it
   s.timenorm.step_mean = stats(s.timenorm.G);
   s.timenorm.step_rstd = stats(s.timenorm.G);
+  s.timenorm.workspace = memory.take(s.timenorm.workspace_bytes(on_cuda));
   s.cema.x = s.timenorm.y;
   s.cema.y = rows(s.D);
-  s.cema.workspace = memory.take(s.cema.workspace_bytes());
+  s.cema.workspace = memory.take(on_cuda ? s.cema.cuda_bytes() : s.cema.workspace_bytes());
   s.rmsnorm.x = s.cema.y;
   s.rmsnorm.y = rows(s.D);
   s.rmsnorm.rstd = stats(1);
@@ -81,14 +83,14 @@ static inline int64_t connect_block_step(BlockStep& s, void* workspace) {
   s.rope.q = rows(s.rope.H * s.rope.S);
   s.rope.k = rows(s.rope.H * s.rope.S);
   s.rope.rstd = stats(s.rope.H);
-  s.rope.workspace = memory.take(s.rope.workspace_bytes());
+  s.rope.workspace = memory.take(s.rope.workspace_bytes(on_cuda));
   s.value.a = s.inner[0].y;
   s.value.y = rows(s.E);
   s.attention.q = s.rope.q;
   s.attention.k = s.rope.k;
   s.attention.v = s.value.y;
   s.attention.o = rows(s.E);
-  s.attention.workspace = memory.take(s.attention.workspace_bytes());
+  s.attention.workspace = memory.take(s.attention.workspace_bytes(on_cuda));
   s.gate.a = s.inner[2].y;
   s.gate.b = s.attention.o;
   s.gate.y = rows(s.E);
@@ -221,7 +223,8 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   s.fc2[0].scale = c.optional("ffn_alpha", in.ffn_alpha, dtype, {D}).data;
   s.fc2[0].added[0] = x.data;
   s.fc2[0].y = out.like(c, "y", x);
-  connect_block_step(s, out.workspace(c, connect_block_step(s, nullptr)));
+  const int64_t bytes = connect_block_step(s, c.on_cuda(), nullptr);
+  connect_block_step(s, c.on_cuda(), out.workspace(c, bytes));
   return s;
 }
 

@@ -44,7 +44,9 @@ struct ChunkAttentionStep {
     const int64_t heads = B * H, work = C * (S + E);
     max_parts = std::max<int64_t>(1, std::min({int64_t{16}, 32 / std::max<int64_t>(heads, 1), work / kLeastWork}));
   }
-  int64_t workspace_bytes() const { return B * H * max_parts * (E + 2) * size_of(stat_dtype(dtype)); }
+  int64_t workspace_bytes(bool on_cuda) const {
+    return on_cuda && max_parts == 1 ? 0 : B * H * max_parts * (E + 2) * size_of(stat_dtype(dtype));
+  }
 };
 
 static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DLTensor* q_in, const DLTensor* k_in,
@@ -75,7 +77,7 @@ static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DL
   args.C = C.size;
   args.divide(c.on_cuda());
   args.o = out.like(c, "o", v);
-  args.workspace = out.workspace(c, c.on_cuda() && args.max_parts == 1 ? 0 : args.workspace_bytes());
+  args.workspace = out.workspace(c, args.workspace_bytes(c.on_cuda()));
   return args;
 }
 

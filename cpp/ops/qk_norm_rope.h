@@ -42,7 +42,7 @@ struct QkNormRopeForward : QkNormRope {
   void* workspace;  // double: angles and steps [3, pairs], then [parts, 4, pairs]; empty on the GPU
   double eps;
 
-  int64_t workspace_bytes() const { return (3 + 4 * parts.parts) * pairs * 8; }
+  int64_t workspace_bytes(bool on_cuda) const { return on_cuda ? 0 : (3 + 4 * parts.parts) * pairs * 8; }
 };
 
 struct QkNormRopeBackward : QkNormRope {
@@ -99,7 +99,7 @@ static inline QkNormRopeForward check_qk_norm_rope(Checker& c, const DLTensor* z
   args.q = out.next(c, "q", z.dtype, {args.B, args.L, args.H, args.S});
   args.k = out.next(c, "k", z.dtype, {args.B, args.L, args.H, args.S});
   args.rstd = out.next(c, "rstd", stat_dtype(z.dtype), {args.B, args.L, args.H});
-  args.workspace = out.workspace(c, c.on_cuda() ? 0 : args.workspace_bytes());
+  args.workspace = out.workspace(c, args.workspace_bytes(c.on_cuda()));
   args.eps = eps;
   return args;
 }

@@ -31,7 +31,7 @@ void complete(const std::vector<AsyncCopy>& copies) {
   for (const AsyncCopy& copy : copies) {
     race_read(copy.global, copy.source_bytes);
     race_write(copy.shared, copy.bytes);
-    std::memcpy(copy.shared, copy.global, copy.source_bytes);
+    if (copy.source_bytes > 0) std::memcpy(copy.shared, copy.global, copy.source_bytes);
     std::memset(copy.shared + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
   }
 }
