@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kWarps = 8;  // of a block
 constexpr int kRows = 4;   // of x at a time
-constexpr int kAhead = 4;  // packs of the matrix that a lane reads before the first of them is needed
+constexpr int kAhead = 2;  // packs of the matrix that a lane reads before the first of them is needed
 
 template <int kCount>
 struct Linears {
