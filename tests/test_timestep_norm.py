@@ -6,6 +6,7 @@ from typing import Any
 import golden
 import pytest
 import torch
+from backend import BACKEND
 from checks import DTYPES, check_forward, check_gradients
 from golden import Case
 from hypothesis import given
@@ -220,6 +221,7 @@ def test_nan_stays_in_its_group_and_after_its_step() -> None:
     assert torch.equal(y.isnan(), bad)
 
 
+@pytest.mark.skipif(BACKEND in ("simt_asan", "simt_race"), reason="takes minutes there")
 def test_a_million_steps_do_not_drift() -> None:
     """In float32, in pieces, against the pooled statistics in float64."""
     L, D = 1_000_000, 8
@@ -235,6 +237,7 @@ def test_a_million_steps_do_not_drift() -> None:
     torch.testing.assert_close(y[0, -1].double(), last.flatten(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND in ("simt_asan", "simt_race"), reason="takes minutes there")
 def test_parameter_gradients_of_many_steps_do_not_drift() -> None:
     x, dy = torch.randn(1, 200_000, 4), torch.rand(1, 200_000, 4)
     parameters = [torch.zeros(4, requires_grad=True) for _ in range(2)]
