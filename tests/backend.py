@@ -5,6 +5,7 @@ with cuda on copies on the GPU.
 Importing this module before ``megalodon_ops`` puts the extension module in place.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKEND = os.environ.get("MEGALODON_TEST_BACKEND", "")
 SIMT_BUILD = Path(os.environ.get("MEGALODON_SIMT_BUILD", ROOT / "build-simt"))
 CUDA_OPS = sorted(path.stem for path in ROOT.glob("cuda/ops/*.cu"))
+# The ops whose tests run, where not all: gpu_check.py has a process per op.
+ONLY = os.environ.get("MEGALODON_TEST_OPS", "").split()
 
 
 def without_cuda_kernel(error: BaseException) -> str | None:
@@ -98,7 +101,11 @@ def _gpu_module() -> ModuleType:
     package = importlib.util.find_spec("megalodon_ops")
     assert package is not None
     folders = [Path(folder) for folder in package.submodule_search_locations or ()]
-    real = _load(_only((p for f in folders for p in f.glob("_C.*.so")), "wanted one extension"))
+    # Of this Python: another one's may lie beside it.
+    files = (
+        f / f"_C{suffix}" for f in folders for suffix in importlib.machinery.EXTENSION_SUFFIXES
+    )
+    real = _load(_only((f for f in files if f.exists()), "wanted one extension"))
     module = ModuleType("megalodon_ops._C")
     for name in dir(real):
         function = getattr(real, name)
