@@ -1,5 +1,5 @@
-"""What this GPU can do: ``python bench/ceilings.py`` prints copy bandwidth and the rate of a bfloat16
-GEMM, on random data, as json. Not yet run on a GPU.
+"""What this GPU can do: ``python bench/ceilings.py`` prints copy bandwidth and the rate of a
+bfloat16 GEMM, on random data, as json. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,18 +29,27 @@ def median_ms(call: Callable[[], Any]) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
+
+
+def _copy_ms() -> float:
+    source = _normal(COPIED)
+    target = torch.empty_like(source)
+    return median_ms(lambda: target.copy_(source))
+
+
+def _gemm_ms() -> float:
+    a, b = _normal(GEMM, GEMM), _normal(GEMM, GEMM)
+    product = torch.empty_like(a)
+    return median_ms(lambda: torch.mm(a, b, out=product))
+
+
 def ceilings() -> dict[str, float]:
     """Measured now; frees what it took."""
-    source = torch.empty(COPIED, device="cuda", dtype=torch.bfloat16).normal_()
-    target = torch.empty_like(source)
-    copy = median_ms(lambda: target.copy_(source))
-    nbytes = 2 * source.numel() * source.element_size()
-    del source, target
-    a, b = (torch.empty(GEMM, GEMM, device="cuda", dtype=torch.bfloat16).normal_() for _ in "ab")
-    product = torch.empty_like(a)
-    gemm = median_ms(lambda: torch.mm(a, b, out=product))
-    del a, b, product
+    copy, gemm = _copy_ms(), _gemm_ms()
     torch.cuda.empty_cache()
+    nbytes = 2 * 2 * COPIED  # read and written
     return {
         "copy_gb_per_s": round(nbytes / copy / 1e6, 1),
         "bf16_gemm_tflop_per_s": round(2 * GEMM**3 / gemm / 1e9, 1),

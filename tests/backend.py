@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ SIMT_BUILD = Path(os.environ.get("MEGALODON_SIMT_BUILD", ROOT / "build-simt"))
 CUDA_OPS = sorted(path.stem for path in ROOT.glob("cuda/ops/*.cu"))
 # The ops whose tests run, where not all: gpu_check.py has a process per op.
 ONLY = os.environ.get("MEGALODON_TEST_OPS", "").split()
+# For tests of the elements of a tensor: a call does not wait for the GPU to read them.
+values_are_read = pytest.mark.skipif(BACKEND == "cuda", reason="values on a GPU are not read")
 
 
 def without_cuda_kernel(error: BaseException) -> str | None:
@@ -63,7 +66,16 @@ def _to_gpu(value: Any) -> Any:
         return tuple(map(_to_gpu, value))
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
-    return value.cuda() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
+        return value
+    if value.is_contiguous():
+        return value.cuda()
+    once = value  # an expanded tensor's memory, and the strides of any other
+    for axis in range(value.ndim):
+        if value.stride(axis) == 0 and value.shape[axis] > 1:
+            once = once.narrow(axis, 0, 1)
+    moved = torch.empty_strided(once.shape, once.stride(), dtype=value.dtype, device="cuda")
+    return moved.copy_(once.detach()).expand(value.shape)
 
 
 def _from_gpu(result: Any, like: Any) -> Any:

@@ -42,9 +42,9 @@ OPS = sorted(path.stem for path in ROOT.glob("cuda/ops/*.cu"))
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SOURCES = ("cpp", "cuda", "python/megalodon_ops", "tests", "bench")
 
-# Seconds. nvcc takes up to 20 for a file and one architecture on a slow core, g++ up to 30, and ninja
-# compiles on all cores; a process that imports torch and opens the GPU takes about ten. The suite
-# has about 2300 tests, of some milliseconds each, in a process per op.
+# Seconds. nvcc takes up to 20 for a file and one architecture on a slow core, g++ up to 30, and
+# ninja compiles on all cores; a process that imports torch and opens the GPU takes about ten. The
+# suite has about 2300 tests, of some milliseconds each, in a process per op.
 LIMITS = {
     "build": 170,
     "conformance": 20,
