@@ -64,7 +64,7 @@ test: setup  ## Run the tests (ARGS= goes to pytest)
 test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor.md; ARGS= as above)
 	$(BIN)/cmake --preset simt -DPython_EXECUTABLE=$(abspath $(BIN))/python > /dev/null
 	$(BIN)/cmake --build --preset simt
-	$(BIN)/python -m pytest -q tests/simt
+	$(BIN)/python -m pytest -q tests/simt tests/conformance
 	for schedule in forward reverse random:1; do export MEGALODON_SIMT_SCHEDULE=$$schedule; \
 	  MEGALODON_TEST_BACKEND=simt $(SIMT_PYTEST) && \
 	  MEGALODON_TEST_BACKEND=simt_race MEGALODON_EXAMPLES=5 $(SIMT_PYTEST) || exit 1; \

@@ -15,6 +15,11 @@ if(NOT no_cuda)
   # The static runtime looks for the driver at its first call: the library loads where there is none.
   target_link_libraries(megalodon_ops PRIVATE CUDA::cudart_static)
   set_target_properties(megalodon_ops PROPERTIES LINKER_LANGUAGE CXX)
+  # The matrix instructions as the hardware has them (tests/gpu_check.py).
+  add_executable(cuda_conformance EXCLUDE_FROM_ALL tests/conformance/program.cu cuda/core/device.cu)
+  target_include_directories(cuda_conformance PRIVATE cpp cuda)
+  target_compile_definitions(cuda_conformance PRIVATE $<TARGET_PROPERTY:ops_cuda,COMPILE_DEFINITIONS>)
+  target_link_libraries(cuda_conformance PRIVATE CUDA::cudart_static)
 endif()
 
 # ---- the executor ----------------------------------------------------------------------------------------------------
@@ -26,12 +31,12 @@ if(NOT MEGALODON_SIMT)
 endif()
 
 # A .cu file as a C++ source: one that includes it.
-foreach(source IN LISTS cuda_sources ITEMS tests/simt/kernels.cu)
+foreach(source IN LISTS cuda_sources ITEMS tests/simt/kernels.cu tests/conformance/program.cu)
   set(wrapper ${PROJECT_BINARY_DIR}/wrapped/${source}.cpp)
   file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${PROJECT_SOURCE_DIR}/${source}\"\n")
   list(APPEND simt_kernel_sources ${wrapper})
 endforeach()
-list(POP_BACK simt_kernel_sources simt_test_kernels)
+list(POP_BACK simt_kernel_sources simt_conformance simt_test_kernels)
 
 # The C functions, whose CPU kernels never run here, and the binding.
 add_library(simt_entries OBJECT ${op_sources} cpp/core/isa.cpp cpp/core/parallel.cpp cpp/core/tensor.cpp)
@@ -44,8 +49,8 @@ if(MEGALODON_PYTHON)
 endif()
 
 # Per build: the extension module in a folder named like the tests' backend (simt, simt_asan, simt_race), which runs the
-# CUDA kernels on CPU tensors, and simt_tests_{build}, the executor's own tests. asan instruments kernels and executor,
-# race the kernels alone.
+# CUDA kernels on CPU tensors; simt_tests_{build}, the executor's own tests, and simt_conformance_{build}, the matrix
+# instructions on raw registers. asan instruments kernels and executor, race the kernels alone.
 foreach(build IN LISTS MEGALODON_SIMT)
   add_library(simt_executor_${build} OBJECT cuda/simt/executor.cpp cuda/simt/fiber.cpp cuda/simt/memory.cpp
                                             cuda/simt/race.cpp)
@@ -54,7 +59,10 @@ foreach(build IN LISTS MEGALODON_SIMT)
   target_include_directories(simt_test_kernels_${build} PRIVATE tests/simt)
   add_executable(simt_tests_${build} tests/simt/main.cpp)
   target_link_libraries(simt_tests_${build} PRIVATE simt_executor_${build} simt_test_kernels_${build})
-  list(APPEND simt_targets simt_executor_${build} simt_kernels_${build} simt_test_kernels_${build} simt_tests_${build})
+  add_executable(simt_conformance_${build} ${simt_conformance})
+  target_link_libraries(simt_conformance_${build} PRIVATE simt_executor_${build})
+  list(APPEND simt_targets simt_executor_${build} simt_kernels_${build} simt_test_kernels_${build} simt_tests_${build}
+                           simt_conformance_${build})
   if(MEGALODON_PYTHON)
     set(backend simt_${build})
     if(build STREQUAL "plain")
@@ -69,13 +77,13 @@ foreach(build IN LISTS MEGALODON_SIMT)
   endif()
   if(build STREQUAL "asan")
     set(sanitize -fsanitize=address,undefined -fno-sanitize-recover=undefined)
-    foreach(part executor kernels test_kernels)
+    foreach(part executor kernels test_kernels conformance)
       target_compile_options(simt_${part}_asan PRIVATE ${sanitize} -fno-omit-frame-pointer)
       target_link_options(simt_${part}_asan INTERFACE ${sanitize})
     endforeach()
   elseif(build STREQUAL "race")
     target_compile_definitions(simt_executor_race PRIVATE MEGALODON_SIMT_RACE)
-    foreach(part kernels test_kernels)
+    foreach(part kernels test_kernels conformance)
       target_compile_options(simt_${part}_race PRIVATE -fsanitize=thread --param=tsan-instrument-func-entry-exit=0)
     endforeach()
   elseif(NOT build STREQUAL "plain")

@@ -5,6 +5,7 @@ with cuda on copies on the GPU.
 Importing this module before ``megalodon_ops`` puts the extension module in place.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKEND = os.environ.get("MEGALODON_TEST_BACKEND", "")
 SIMT_BUILD = Path(os.environ.get("MEGALODON_SIMT_BUILD", ROOT / "build-simt"))
 CUDA_OPS = sorted(path.stem for path in ROOT.glob("cuda/ops/*.cu"))
+# The ops whose tests run, where not all: gpu_check.py has a process per op.
+ONLY = os.environ.get("MEGALODON_TEST_OPS", "").split()
+# For tests of the elements of a tensor: a call does not wait for the GPU to read them.
+values_are_read = pytest.mark.skipif(BACKEND == "cuda", reason="values on a GPU are not read")
 
 
 def without_cuda_kernel(error: BaseException) -> str | None:
@@ -60,7 +66,16 @@ def _to_gpu(value: Any) -> Any:
         return tuple(map(_to_gpu, value))
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
-    return value.cuda() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
+        return value
+    if value.is_contiguous():
+        return value.cuda()
+    once = value  # an expanded tensor's memory, and the strides of any other
+    for axis in range(value.ndim):
+        if value.stride(axis) == 0 and value.shape[axis] > 1:
+            once = once.narrow(axis, 0, 1)
+    moved = torch.empty_strided(once.shape, once.stride(), dtype=value.dtype, device="cuda")
+    return moved.copy_(once.detach()).expand(value.shape)
 
 
 def _from_gpu(result: Any, like: Any) -> Any:
@@ -98,7 +113,11 @@ def _gpu_module() -> ModuleType:
     package = importlib.util.find_spec("megalodon_ops")
     assert package is not None
     folders = [Path(folder) for folder in package.submodule_search_locations or ()]
-    real = _load(_only((p for f in folders for p in f.glob("_C.*.so")), "wanted one extension"))
+    # Of this Python: another one's may lie beside it.
+    files = (
+        f / f"_C{suffix}" for f in folders for suffix in importlib.machinery.EXTENSION_SUFFIXES
+    )
+    real = _load(_only((f for f in files if f.exists()), "wanted one extension"))
     module = ModuleType("megalodon_ops._C")
     for name in dir(real):
         function = getattr(real, name)

@@ -22,11 +22,18 @@ settings.load_profile("default")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Generator[None, object, object]:
-    """In the executor, skips the tests of ops that have no CUDA kernel yet."""
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Skips the tests of ops that have no CUDA kernel yet, and ends the run where a kernel has
+    broken the process's use of the GPU: every later test would fail with that error.
+    """
     try:
         return (yield)
     except Exception as error:
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                pytest.exit(f"{item.nodeid} has broken the GPU's context: {error}", returncode=1)
         reason = backend.without_cuda_kernel(error) if backend.BACKEND else None
         if reason is None:
             raise
@@ -38,7 +45,8 @@ def _reproducible() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=available_isas())
+# The CUDA kernels have none.
+@pytest.fixture(params=[_C.isa()] if backend.BACKEND == "cuda" else available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set of this machine."""
     before = _C.isa()

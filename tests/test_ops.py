@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backend import BACKEND, CUDA_OPS
+from backend import BACKEND, CUDA_OPS, ONLY
 from checks import (
     DTYPES,
     as_tuple,
@@ -21,7 +21,7 @@ from torch import Tensor
 from megalodon_ops import _C, kernels, registry
 from megalodon_ops._library import Maker, Op, Sample
 
-OPS = list(registry)
+OPS = [op for op in registry if not ONLY or op.name in ONLY]
 
 
 def samples(op: Op, dtype: torch.dtype) -> list[Sample]:

@@ -81,6 +81,16 @@ const char* dtype_attribute(DLDataType dtype) {
   return dtype.bits == 64 ? "float64" : dtype.bits == 32 ? "float32" : "float16";
 }
 
+bool is_cupy(py::handle object) {
+  const auto module = py::str(py::type::handle_of(object).attr("__module__")).cast<std::string>();
+  return module == "cupy" || module.rfind("cupy.", 0) == 0;
+}
+
+bool is_on_cuda(py::handle object) {
+  if (!py::hasattr(object, "__dlpack_device__")) return false;
+  return object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>() == kDLCUDA;
+}
+
 bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits; }
 
 py::tuple shape_tuple(const megalodon_spec& spec) {
@@ -186,11 +196,18 @@ void Borrowed::from_numpy(py::handle object, bool written) {
 
 void Borrowed::from_dlpack(py::handle object, bool written) {
   object_ = py::reinterpret_borrow<py::object>(object);
+  py::dict keywords;
+  if (is_on_cuda(object)) {
+    // -1: nothing to wait for, since the kernel follows on the owner's own stream. An unknown owner is asked to have
+    // its work done before what comes on the legacy default stream, 1.
+    const bool follows = family_ == Family::kTorch || is_cupy(object);
+    keywords["stream"] = follows ? -1 : 1;
+  }
   try {
-    capsule_ = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+    capsule_ = object.attr("__dlpack__")(**keywords, py::arg("max_version") = py::make_tuple(1, 0));
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
-    capsule_ = object.attr("__dlpack__")();  // a producer from before max_version
+    capsule_ = object.attr("__dlpack__")(**keywords);  // a producer from before max_version
   }
   // The capsule keeps its name, so its own destructor releases the tensor when we drop it.
   if (PyCapsule_IsValid(capsule_.ptr(), "dltensor_versioned")) {
@@ -215,10 +232,11 @@ void* Borrowed::stream() const {
     }
     return stream;
   }
-  const char* owner = family_ == Family::kTorch ? "torch.cuda" : "cupy.cuda";
-  const char* call = family_ == Family::kTorch ? "current_stream" : "get_current_stream";
-  const char* address = family_ == Family::kTorch ? "cuda_stream" : "ptr";
-  return reinterpret_cast<void*>(py::module_::import(owner).attr(call)().attr(address).cast<uintptr_t>());
+  const bool is_torch = family_ == Family::kTorch;
+  if (!is_torch && !is_cupy(object_)) return nullptr;  // the legacy default stream, as from_dlpack has asked for
+  const py::module_ owner = py::module_::import(is_torch ? "torch.cuda" : "cupy.cuda");
+  const py::object stream = owner.attr(is_torch ? "current_stream" : "get_current_stream")(tensor_.device.device_id);
+  return reinterpret_cast<void*>(stream.attr(is_torch ? "cuda_stream" : "ptr").cast<uintptr_t>());
 }
 
 namespace {
@@ -242,6 +260,18 @@ py::object allocate_torch(py::handle like, bool like_dtype, bool like_shape, con
   return py::reinterpret_steal<py::object>(made);
 }
 
+// Allocates the outputs that go with a GPU array of any library but torch.
+py::module_ cupy(const Borrowed& like) {
+  try {
+    return py::module_::import("cupy");
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_ImportError)) throw;
+    const std::string owner = type_name(like.object());
+    throw py::value_error("a " + owner +
+                          " on a GPU needs CuPy, to allocate outputs and workspaces: install cupy-cuda13x");
+  }
+}
+
 bool same_shape(const DLTensor& tensor, const megalodon_spec& spec) {
   return tensor.ndim == spec.ndim && std::equal(spec.shape, spec.shape + spec.ndim, tensor.shape);
 }
@@ -255,11 +285,22 @@ py::object allocate(const Borrowed& like, const megalodon_spec& spec) {
     return allocate_torch(like.object(), like_dtype, same_shape(tensor, spec), spec);
   }
   const bool on_host = tensor.device.device_type == kDLCPU;
-  const py::module_ library = py::module_::import(on_host ? "numpy" : "cupy");
+  const py::module_ library = on_host ? py::module_::import("numpy") : cupy(like);
   const py::object dtype = like_dtype && py::hasattr(like.object(), "dtype")
                                ? py::object(like.object().attr("dtype"))
                                : library.attr(dtype_attribute(spec.dtype));
-  return library.attr("empty")(shape_tuple(spec), dtype);
+  if (on_host) return library.attr("empty")(shape_tuple(spec), dtype);
+  const py::object device = library.attr("cuda").attr("Device")(tensor.device.device_id);
+  device.attr("__enter__")();
+  py::object made;
+  try {
+    made = library.attr("empty")(shape_tuple(spec), dtype);
+  } catch (...) {
+    device.attr("__exit__")(py::none(), py::none(), py::none());
+    throw;
+  }
+  device.attr("__exit__")(py::none(), py::none(), py::none());
+  return made;
 }
 
 }  // namespace megalodon::bind
