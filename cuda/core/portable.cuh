@@ -30,6 +30,7 @@
   extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared_bytes)
 #define UNROLL _Pragma("unroll")
+#define ROLL _Pragma("unroll 1")
 #else
 #define SHARED(type, name, ...)            \
   using name##_type = type __VA_ARGS__;    \
@@ -38,6 +39,7 @@
       ::megalodon::simt::shared_static(&name##_key, sizeof(name##_type), alignof(name##_type), #name))
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::megalodon::simt::shared_dynamic())
 #define UNROLL
+#define ROLL
 #endif
 #define DEVICE __device__ __forceinline__
 
