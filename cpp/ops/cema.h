@@ -17,6 +17,7 @@
 #include "core/parallel.h"
 #include "core/powers.h"
 #include "core/tensor.h"
+#include "ops/cema_mma.h"
 
 namespace megalodon {
 
@@ -136,8 +137,13 @@ struct CemaForward : CemaShape {
 
   // The GPU: five numbers per wavelet, the states between chunks, and sums over the groups of wavelets so far.
   bool is_short() const { return L <= kCemaCudaShortSteps && N <= kCemaCudaShortWavelets; }
+  bool by_products() const { return CemaMmaPlan::takes(dtype, L, N); }
   int64_t cuda_bytes() const {
     if (is_short()) return 0;
+    if (by_products()) {
+      const CemaMmaPlan plan = CemaMmaPlan::of(B, L, D);
+      return B * (plan.chunks - 1) * D * N * 2 * 8 + plan.table_bytes(N);
+    }
     const CemaCudaPlan plan = CemaCudaPlan::of(*this);
     return (5 + B * (plan.chunks - 1) * 2) * D * N * 8 +
            (CemaCudaPlan::has_groups(N) ? B * L * D * size_of(stat_dtype(dtype)) : 0);

@@ -21,6 +21,7 @@
 //           below 1e-20 counts as 1e-20. Subnormal numbers are kept: they are as fast as others.
 #include "core/reduce.cuh"
 #include "ops/cema.h"
+#include "ops/cema_mma.cuh"
 #include "ops/cema_scan.cuh"
 
 namespace megalodon::cuda {
@@ -340,6 +341,35 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
   walk(cema_forward_kernel<T, kLanes, false>, "cema_forward", plan.sums());
 }
 
+// By matrix instructions: cema_mma.cu.
+void forward_products(const CemaForward& args, void* stream) {
+  const auto plan = MmaPlan::of(args.B, args.L, args.D);
+  const auto parameters = Parameters<float>::of(args);
+  MmaWalk walk{};
+  walk.dtype = args.dtype;
+  walk.in = args.x;
+  walk.out = args.y;
+  walk.start = static_cast<const float*>(args.h0);
+  walk.last = static_cast<float*>(args.h);
+  walk.carries = static_cast<double*>(args.workspace);  // first, since they are read 16 bytes at a time
+  auto* table = reinterpret_cast<unsigned char*>(walk.carries + args.B * (plan.chunks - 1) * args.D * args.N * 2);
+  walk.table = table;
+  walk.B = args.B, walk.L = args.L, walk.D = args.D, walk.N = args.N;
+  walk.plan = plan;
+  walk.period = plan.length;
+  cema_mma_table(parameters, static_cast<const float*>(args.omega), args.D, false, table, stream);
+  if (plan.chunks > 1) {
+    MmaWalk ends = walk;
+    ends.plan.chunks = plan.chunks - 1;  // nothing begins where the last one ends
+    cema_mma_ends(ends, stream);
+    launch({"cema_forward_carry", dim3(blocks_of(args.D * args.N), static_cast<unsigned>(args.B)), dim3(kThreads), 0,
+            stream},
+           cema_forward_carry_kernel<float>, CarryArgs<float>{walk.start, walk.carries}, parameters, args.D,
+           plan.chunks - 1, plan.length);
+  }
+  cema_mma_walk(walk, stream);
+}
+
 template <class T, int kLanes>
 void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   using A = stat_t<T>;
@@ -400,6 +430,7 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
 
 void cema_forward(const CemaForward& args, void* stream) {
   if (args.B == 0 || args.D == 0) return;
+  if (args.by_products()) return forward_products(args, stream);
   const Plan plan = Plan::of(args);
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
