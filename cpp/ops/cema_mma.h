@@ -8,17 +8,20 @@
 namespace megalodon {
 
 // The table of one channel, in bytes from its beginning. Wavelets are padded with zeros to blocks of 8.
-//   high, low   [33 powers][2 padded wavelets] bf16: q^0 .. q^32 as (re, im), as high + low; rows are 16 bytes longer,
-//               so that the 8 rows of a matrix lie in different banks
-//   float       [kFloats][padded wavelets] pairs, double [kDoubles][padded wavelets] pairs: Float and Double say which
-//   response    [2][32 lanes][4] pairs of bf16: high and low parts of k, k_0 with omega, as the operand on the right of
-//               which Toeplitz (cema_mma.cuh) says what a lane has
+//   planes      [3][33 powers][2 padded wavelets] bf16: q^0 .. q^32 as (re, im), the sum of three numbers, each the
+//               rounded rest of those before; rows are 16 bytes longer, so that the 8 rows of a matrix lie in different
+//               banks
+//   float       [kFloats][padded wavelets] pairs: Float says which
+//   group       [padded wavelets] pairs of double: q^512
+//   response    [2][32] bf16: k_0 + omega, k_1 .. k_31, as the sum of two numbers
+// and what stays in global memory
+//   double      [kDoubles][padded wavelets] pairs: Double says which
 struct CemaMmaTable {
   static constexpr int kPowers = 33, kBlock = 8, kSteps = 32;
   // kStep q^32; kIn what sums over a tile are multiplied with to enter a state; kOut what a state is multiplied with to
   // leave it; kThrough both; kSegment + p: kOut q^(128 p).
   enum Float { kStep, kThrough, kIn, kSegment, kFloats = kSegment + 4 };
-  enum Double { kOne, kTile, kGroup, kInput, kDoubles };  // q, q^32, q^512; by what a state is divided in the walk
+  enum Double { kOne, kTile, kInput, kDoubles };  // q, q^32, by what a state is divided in the walk
 
   int blocks;
 
@@ -28,10 +31,12 @@ struct CemaMmaTable {
   MEGALODON_HOST_DEVICE constexpr int wavelets() const { return blocks * kBlock; }
   MEGALODON_HOST_DEVICE constexpr int pitch() const { return wavelets() * 4 + 16; }
   MEGALODON_HOST_DEVICE constexpr int plane() const { return kPowers * pitch(); }
-  MEGALODON_HOST_DEVICE constexpr int floats() const { return 2 * plane(); }
-  MEGALODON_HOST_DEVICE constexpr int doubles() const { return floats() + kFloats * wavelets() * 8; }
-  MEGALODON_HOST_DEVICE constexpr int response() const { return doubles() + kDoubles * wavelets() * 16; }
-  MEGALODON_HOST_DEVICE constexpr int bytes() const { return response() + 2 * 32 * 16; }
+  MEGALODON_HOST_DEVICE constexpr int floats() const { return 3 * plane(); }
+  MEGALODON_HOST_DEVICE constexpr int group() const { return floats() + kFloats * wavelets() * 8; }
+  MEGALODON_HOST_DEVICE constexpr int response() const { return group() + wavelets() * 16; }
+  MEGALODON_HOST_DEVICE constexpr int shared_bytes() const { return response() + 2 * kSteps * 2; }
+  MEGALODON_HOST_DEVICE constexpr int doubles() const { return shared_bytes(); }
+  MEGALODON_HOST_DEVICE constexpr int bytes() const { return doubles() + kDoubles * wavelets() * 16; }
 };
 
 struct CemaMmaPlan {
@@ -42,7 +47,8 @@ struct CemaMmaPlan {
   // Tables of more wavelets, for 8 channels, would not fit into the 99 KB of shared memory that all of sm_80 to sm_89
   // have; a shorter row would be mostly padding.
   static constexpr int64_t kMostWavelets = 16, kLeastSteps = kGroup;
-  // Few blocks: time is cut into chunks, whose tables are read once each. Many: a block takes several rows of the batch.
+  // Few blocks: time is cut into chunks, whose tables are read once each. Many: a block takes several rows of the
+  // batch.
   static constexpr int64_t kWantedBlocks = 264, kManyBlocks = 1056, kLeastChunk = 4 * kGroup;
 
   int64_t tiles;           // of channels

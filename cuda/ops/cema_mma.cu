@@ -1,9 +1,9 @@
 // cema of 16-bit activations by matrix instructions. Not yet run on a GPU.
 //
 // Computes  y_t = sum_(s <= t) k_(t-s) x_s + Re sum_n a g_n q_n^(t+1) v_n for every tile of 32 steps, v the state (over
-//           a) with which it begins, k_t = Re sum_n a g_n q_n^t, with omega in k_0; and v <- q^32 v + sum_s q^(31-s) x_s.
-//           The adjoint is the same with time running back: dx_t = sum k dy + Re sum_n a q^t m, m <- q^32 m + g sum
-//           q^(32-s) dy_s, m the conjugate of what cema.h calls conj(q) l. (ops/cema_mma.h, ops/cema.h)
+//           a) with which it begins, k_t = Re sum_n a g_n q_n^t, with omega in k_0; and v <- q^32 v + sum_s q^(31-s)
+//           x_s. The adjoint is the same with time running back: dx_t = sum k dy + Re sum_n a q^t m, m <- q^32 m + g
+//           sum q^(32-s) dy_s, m the conjugate of what cema.h calls conj(q) l. (ops/cema_mma.h, ops/cema.h)
 // Layout    x, y, dy, dx [B, L, D] bf16 or f16; states [B, D, N, 2] float; parameters [D, N], [D], [D, N, 2] float;
 //           carries [B, periods - 1, D, N, 2] double; tables [channels, CemaMmaTable::bytes()]; all compact.
 // Mapping   a block of 8 warps takes 8 channels, whose tables stay in shared memory, and walks through a chunk of time
@@ -12,7 +12,8 @@
 //           tiles are the rows of mma.m16n8k16, so that its inputs are 8 registers and k is 8 more. Sums over tiles go
 //           through the warp's scratch to 4 lanes per wavelet, which chain the tiles and leave the states there as the
 //           next operand. Chunks as in cema.cu: the states they end with, the carry there, then the walk.
-// Traffic   2 elements moved and, at N = 16, 52 instructions (416 FLOP per element; a third more for f16) for 512 steps,
+// Traffic   2 elements moved and, at N = 16, 52 instructions (416 FLOP per element; a third more for f16) for 512
+// steps,
 //           and about 250 instructions of a warp for the states between tiles, which is the larger part: about a fifth
 //           of the scan's. A chunk reads the 57 KB of its tables (N = 16), the cost of some 900 steps. Rows of 16 bytes
 //           are half of a sector of memory: the block next to this one reads the other half, from L2 at best. Limit
@@ -24,9 +25,8 @@
 //           diagonal must not carry a NaN back in time: see Causal; what follows a NaN or inf is NaN.
 // Limits    16-bit activations, N <= 16, at least 512 steps: CemaMmaPlan; everything else is the scan's, in cema.cu. A
 //           state beyond 3.39e38 / |a g|, which bf16 rounds to inf, is one.
-#include "ops/cema_mma.cuh"
-
 #include "core/reduce.cuh"
+#include "ops/cema_mma.cuh"
 #include "ops/cema_mma.h"
 
 namespace megalodon::cuda {
@@ -53,11 +53,14 @@ DEVICE void fill_wavelet(const Parameters<float>& parameters, int64_t d, int n, 
   const auto power = [&](double t) { return exists ? as_pair(w.power(t)) : Pair<double>{0, 0}; };
   Pair<double> v{exists ? 1.0 : 0.0, 0};
   for (int p = 0; p < MmaTable::kPowers; ++p) {
-    auto* row = reinterpret_cast<uint32_t*>(table + p * layout.pitch()) + n;
-    const uint32_t high = bf16_pair(static_cast<float>(v.re), static_cast<float>(v.im));
-    row[0] = high;
-    row[layout.plane() / 4] =
-        bf16_pair(static_cast<float>(v.re - low_of(high)), static_cast<float>(v.im - high_of(high)));
+    auto* to = reinterpret_cast<uint32_t*>(table + p * layout.pitch()) + n;
+    Pair<double> rest = v;
+    UNROLL
+    for (int i = 0; i < 3; ++i) {
+      const uint32_t part = bf16_pair(static_cast<float>(rest.re), static_cast<float>(rest.im));
+      to[i * layout.plane() / 4] = part;
+      rest = rest - Pair<double>{low_of(part), high_of(part)};
+    }
     v = q * v;
   }
   const Pair<double> in = reverse ? g * q : Pair<double>{1, 0};
@@ -72,14 +75,13 @@ DEVICE void fill_wavelet(const Parameters<float>& parameters, int64_t d, int n, 
   auto* wide = reinterpret_cast<Pair<double>*>(table + layout.doubles()) + n;
   wide[MmaTable::kOne * layout.wavelets()] = q;
   wide[MmaTable::kTile * layout.wavelets()] = power(kMmaSteps);
-  wide[MmaTable::kGroup * layout.wavelets()] = power(kMmaGroup);
+  reinterpret_cast<Pair<double>*>(table + layout.group())[n] = power(kMmaGroup);
   wide[MmaTable::kInput * layout.wavelets()] = {exists && !reverse ? a : 1, 0};
 }
 
 // A warp per channel, a lane per wavelet; then a lane per step of the response.
-__global__ void __launch_bounds__(kMmaThreads)
-    cema_mma_table_kernel(Parameters<float> parameters, const float* omega, int64_t D, bool reverse,
-                          unsigned char* tables) {
+__global__ void __launch_bounds__(kMmaThreads) cema_mma_table_kernel(Parameters<float> parameters, const float* omega,
+                                                                     int64_t D, bool reverse, unsigned char* tables) {
   const int64_t N = parameters.N, d = static_cast<int64_t>(blockIdx.x) * kMmaChannels + threadIdx.x / 32;
   const MmaTable layout = MmaTable::of(N);
   unsigned char* table = tables + d * layout.bytes();
@@ -99,16 +101,10 @@ __global__ void __launch_bounds__(kMmaThreads)
     if (t == n) mine += k;
     v = q * v;
   }
-  auto* response = reinterpret_cast<uint32_t*>(table + layout.response()) + 4 * n;
-  UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int at = Toeplitz::index(i);
-    const double k = shuffle(mine, at & 31), before = shuffle(mine, (at - 1) & 31);
-    const auto first = static_cast<float>(at < 0 ? 0 : k), second = static_cast<float>(at < 1 ? 0 : before);
-    const auto s = SplitPair::of(first, second);
-    response[i] = s.high;
-    response[4 * 32 + i] = s.low;
-  }
+  auto* response = reinterpret_cast<bf16*>(table + layout.response());
+  const bf16 high = narrow<bf16>(static_cast<float>(mine));
+  response[n] = high;
+  response[kMmaSteps + n] = narrow<bf16>(static_cast<float>(mine - widen(high)));
 }
 
 // ---- inputs and outputs ---------------------------------------------------------------------------------------------
@@ -192,10 +188,15 @@ struct TwoSteps {
   }
 };
 
+// What is to lie in shared memory of the tables of the block's channels, one behind the other.
 DEVICE void load_tables(const unsigned char* tables, MmaTable layout, unsigned char* to) {
-  const int bytes = kMmaChannels * layout.bytes();
-  const unsigned char* from = tables + static_cast<int64_t>(blockIdx.x) * bytes;
-  for (int i = static_cast<int>(threadIdx.x) * 16; i < bytes; i += kMmaThreads * 16) async_copy16(to + i, from + i);
+  const int bytes = layout.shared_bytes();
+  const unsigned char* from = tables + (static_cast<int64_t>(blockIdx.x) * kMmaChannels) * layout.bytes();
+  for (int c = 0; c < kMmaChannels; ++c) {
+    for (int i = static_cast<int>(threadIdx.x) * 16; i < bytes; i += kMmaThreads * 16) {
+      async_copy16(to + c * bytes + i, from + static_cast<int64_t>(c) * layout.bytes() + i);
+    }
+  }
   async_commit();
 }
 
@@ -249,8 +250,8 @@ DEVICE void walk_group(const MmaWalk& walk, const Channel& channel, unsigned cha
       const Segment s = Segment::of(channel, block);
       if (s.segment == 0 && s.wavelet < walk.N) {
         const Pair<double> v = channel.input(s.wavelet) * state_after<T>(channel, s, steps);
-        store(last + 2 * s.wavelet, Pack<float, 2>{static_cast<float>(v.re),
-                                                   static_cast<float>(walk.reverse ? -v.im : v.im)});
+        store(last + 2 * s.wavelet,
+              Pack<float, 2>{static_cast<float>(v.re), static_cast<float>(walk.reverse ? -v.im : v.im)});
       }
     }
     chain(channel, block);
@@ -264,8 +265,7 @@ DEVICE void walk_group(const MmaWalk& walk, const Channel& channel, unsigned cha
   for (int i = 0; i < 4; ++i) {
     UNROLL
     for (int r = 0; r < 2; ++r) {
-      to[8 * r * kRowWords + 4 * i] =
-          pair_of_halves(narrow<T>(y[i][2 * r]).bits, narrow<T>(y[i][2 * r + 1]).bits);
+      to[8 * r * kRowWords + 4 * i] = pair_of_halves(narrow<T>(y[i][2 * r]).bits, narrow<T>(y[i][2 * r + 1]).bits);
     }
   }
 }
@@ -290,13 +290,14 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_kernel(MmaArgs<T> arg
   const MmaWalk& walk = args.walk;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const MmaTable layout = args.layout;
-  unsigned char* rows = memory + kMmaChannels * layout.bytes();
+  unsigned char* rows = memory + kMmaChannels * layout.shared_bytes();
   unsigned char* scratch = rows + kMmaChannels * kRowsBytes;
   auto* states = reinterpret_cast<Pair<double>*>(scratch + kMmaChannels * kScratchBytes);
   const int64_t d = static_cast<int64_t>(blockIdx.x) * kMmaChannels + warp;
   const bool exists = d < walk.D;  // for a whole warp
-  const Channel channel{memory + warp * layout.bytes(), layout, rows + warp * kRowsBytes,
-                        scratch + warp * kScratchBytes, states + warp * layout.wavelets()};
+  const Channel channel{
+      memory + warp * layout.shared_bytes(), walk.table + d * layout.bytes(),  layout, rows + warp * kRowsBytes,
+      scratch + warp * kScratchBytes,        states + warp * layout.wavelets()};
   load_tables(walk.table, layout, memory);
 
   const int64_t part = blockIdx.y / args.chunks, begin = blockIdx.y % args.chunks * args.length;
@@ -313,8 +314,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_kernel(MmaArgs<T> arg
 
   while (at.b < past) {
     two.put(rows);
-    const GroupCursor next =
-        at.first + kMmaGroup < end ? at_row(at.b, at.first + kMmaGroup) : at_row(at.b + 1, begin);
+    const GroupCursor next = at.first + kMmaGroup < end ? at_row(at.b, at.first + kMmaGroup) : at_row(at.b + 1, begin);
     sync_block();  // the inputs are there
     if (next.b < past) two.fetch(walk, next, static_cast<const T*>(walk.in), args.packed);
     if (exists) {
@@ -357,7 +357,7 @@ void launch_walk(const MmaWalk& walk, const char* name, void* stream) {
   args.length = walk.plan.length;
   args.packed = can_pack<T>(walk.D, walk.in, walk.out);
   args.layout = MmaTable::of(walk.N);
-  const int64_t shared = kMmaChannels * (args.layout.bytes() + kRowsBytes + kScratchBytes +
+  const int64_t shared = kMmaChannels * (args.layout.shared_bytes() + kRowsBytes + kScratchBytes +
                                          args.layout.wavelets() * static_cast<int64_t>(sizeof(Pair<double>)));
   const dim3 grid(static_cast<unsigned>(walk.plan.tiles), static_cast<unsigned>(walk.plan.parts.parts * args.chunks));
   launch({name, grid, dim3(kMmaThreads), shared, stream}, cema_mma_kernel<T, kEnds>, args);

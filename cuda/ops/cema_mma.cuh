@@ -22,21 +22,25 @@ constexpr int kSumPitch = 24, kStatePitch = 12;
 constexpr int kScratchBytes = kMmaTiles * kSumPitch * 4;
 static_assert(kScratchBytes == 2 * kMmaTiles * kStatePitch * 4);
 
-// One channel, in shared memory.
+// One channel: in shared memory, but for `cold`.
 struct Channel {
   const unsigned char* table;
+  const unsigned char* cold;  // the same table in global memory, all of it
   MmaTable layout;
   const unsigned char* rows;
   unsigned char* scratch;
   Pair<double>* states;  // of its wavelets, where the group begins
 
-  template <class A>
-  DEVICE Pair<A> number(int offset, int field, int wavelet) const {
-    return reinterpret_cast<const Pair<A>*>(table + offset)[field * layout.wavelets() + wavelet];
+  DEVICE Pair<float> factor(int field, int wavelet) const {
+    return reinterpret_cast<const Pair<float>*>(table + layout.floats())[field * layout.wavelets() + wavelet];
   }
-  DEVICE Pair<float> factor(int field, int wavelet) const { return number<float>(layout.floats(), field, wavelet); }
-  DEVICE Pair<double> power(int field, int wavelet) const { return number<double>(layout.doubles(), field, wavelet); }
-  DEVICE double input(int wavelet) const { return power(MmaTable::kInput, wavelet).re; }
+  DEVICE Pair<double> group_power(int wavelet) const {
+    return reinterpret_cast<const Pair<double>*>(table + layout.group())[wavelet];
+  }
+  DEVICE Pair<double> wide(int field, int wavelet) const {
+    return reinterpret_cast<const Pair<double>*>(cold + layout.doubles())[field * layout.wavelets() + wavelet];
+  }
+  DEVICE double input(int wavelet) const { return wide(MmaTable::kInput, wavelet).re; }
   DEVICE float* sums() const { return reinterpret_cast<float*>(scratch); }
 };
 
@@ -81,8 +85,8 @@ struct TileOperand {
         UNROLL
         for (int r = 0; r < 4; ++r) {
           const uint32_t word = high[i][r];
-          const auto s = SplitPair::of(widen(f16{static_cast<uint16_t>(word)}),
-                                       widen(f16{static_cast<uint16_t>(word >> 16)}));
+          const auto s =
+              SplitPair::of(widen(f16{static_cast<uint16_t>(word)}), widen(f16{static_cast<uint16_t>(word >> 16)}));
           high[i][r] = s.high, low[i][r] = s.low;
         }
       }
@@ -90,13 +94,16 @@ struct TileOperand {
   }
 };
 
-// c += x b, for the half of x's depth that the operand belongs to.
-template <class T>
-DEVICE void add_product(float (&c)[4], const TileOperand<T>& x, int half, const uint32_t (&high)[2],
-                        const uint32_t (&low)[2]) {
-  mma<bf16>(c[0], c[1], c[2], c[3], x.high[half], high[0], high[1]);
-  mma<bf16>(c[0], c[1], c[2], c[3], x.high[half], low[0], low[1]);
-  if constexpr (TileOperand<T>::kSplits) mma<bf16>(c[0], c[1], c[2], c[3], x.low[half], high[0], high[1]);
+// c += x b, for the half of x's depth that the operand belongs to; b as the sum of kParts operands, the small ones
+// first.
+template <int kParts, class T>
+DEVICE void add_product(float (&c)[4], const TileOperand<T>& x, int half, const uint32_t (&b)[kParts][2]) {
+  if constexpr (TileOperand<T>::kSplits) {
+    UNROLL
+    for (int i = kParts - 2; i >= 0; --i) mma<bf16>(c[0], c[1], c[2], c[3], x.low[half], b[i][0], b[i][1]);
+  }
+  UNROLL
+  for (int i = kParts - 1; i >= 0; --i) mma<bf16>(c[0], c[1], c[2], c[3], x.high[half], b[i][0], b[i][1]);
 }
 
 // ---- within a tile --------------------------------------------------------------------------------------------------
@@ -104,18 +111,21 @@ DEVICE void add_product(float (&c)[4], const TileOperand<T>& x, int half, const 
 // The response k as a matrix that is constant along its diagonals, [depth s][column t] k_(t-s): eight rows deeper is
 // eight columns to the left, so that four registers (and four for the low parts) are all of its operands.
 struct Toeplitz {
-  uint32_t high[5], low[5];  // [1 + i]: what column 8 i + lane / 4 has at depths 2 (lane % 4) and one more; [0]: zeros
-
-  // The index into k of the pair's first number, the second's is one less; below zero: zero.
-  DEVICE static int index(int i) { return 8 * i + lane_index() / 4 - 2 * (lane_index() % 4); }
+  uint32_t part[2][5];  // [1 + i]: what column 8 i + lane / 4 has at depths 2 (lane % 4) and one more; [0]: zeros
 
   DEVICE static Toeplitz of(const Channel& channel) {
-    const auto* from = reinterpret_cast<const uint32_t*>(channel.table + channel.layout.response()) + 4 * lane_index();
-    const auto k = load<4>(from), rest = load<4>(from + 4 * 32);
+    const auto* k = reinterpret_cast<const uint16_t*>(channel.table + channel.layout.response());
     Toeplitz m;
-    m.high[0] = m.low[0] = 0;
     UNROLL
-    for (int i = 0; i < 4; ++i) m.high[1 + i] = k.v[i], m.low[1 + i] = rest.v[i];
+    for (int p = 0; p < 2; ++p) {
+      const auto entry = [&](int j) { return static_cast<uint32_t>(j < 0 ? 0 : k[p * kMmaSteps + j]); };
+      m.part[p][0] = 0;
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int at = 8 * i + lane_index() / 4 - 2 * (lane_index() % 4);
+        m.part[p][1 + i] = pair_of_halves(entry(at), entry(at - 1));
+      }
+    }
     return m;
   }
   // y[i]: columns from 8 i on.
@@ -126,7 +136,7 @@ struct Toeplitz {
       UNROLL
       for (int i = 2 * half; i < 4; ++i) {
         const int at = i - 2 * half;
-        add_product(y[i], x, half, {high[1 + at], high[at]}, {low[1 + at], low[at]});
+        add_product<2>(y[i], x, half, {{part[0][1 + at], part[0][at]}, {part[1][1 + at], part[1][at]}});
       }
     }
   }
@@ -183,29 +193,26 @@ struct Causal {
 
 // ---- from tiles to states and back ----------------------------------------------------------------------------------
 
-// The operand [depth j][column] q^(from + by j), j < 16, of a block of wavelets: columns re and im of each; power(j).
-template <class Power>
-DEVICE void load_into(uint32_t (&b)[2][2], const Channel& channel, const unsigned char* plane, int block,
-                      Power&& power) {
-  const int lane = lane_index();
-  uint32_t taken[4];
-  load_matrices<true>(taken, plane + power(lane / 8 % 2 * 8 + lane % 8) * channel.layout.pitch() + block * 32 +
-                                 lane / 16 * 16);
-  b[0][0] = taken[0], b[0][1] = taken[1], b[1][0] = taken[2], b[1][1] = taken[3];
-}
-
-// The sums over every tile sum_j q^power(j) x_j of a block of wavelets, to the scratch: [tile][re and im of each].
+// The sums over every tile sum_j q^power(j) x_j of a block of wavelets, to the scratch: [tile][re and im of each]. The
+// rows of the table, in any order, are the depth of the operand on the right. All three planes: what is summed up here
+// becomes states and gradients in float, which nothing rounds afterwards.
 template <class T, class Power>
 DEVICE void sum_tiles(const Channel& channel, const TileOperand<T>& x, int block, Power&& power) {
+  const int lane = lane_index();
   float sum[2][4] = {};
   UNROLL
   for (int half = 0; half < 2; ++half) {
-    uint32_t high[2][2], low[2][2];
-    const auto power_at = [&](int j) { return power(16 * half + j); };
-    load_into(high, channel, channel.table, block, power_at);
-    load_into(low, channel, channel.table + channel.layout.plane(), block, power_at);
+    const unsigned char* row = channel.table + power(16 * half + lane / 8 % 2 * 8 + lane % 8) * channel.layout.pitch() +
+                               block * 32 + lane / 16 * 16;
+    uint32_t b[2][3][2];
     UNROLL
-    for (int i = 0; i < 2; ++i) add_product(sum[i], x, half, high[i], low[i]);
+    for (int p = 0; p < 3; ++p) {
+      uint32_t taken[4];
+      load_matrices<true>(taken, row + p * channel.layout.plane());
+      b[0][p][0] = taken[0], b[0][p][1] = taken[1], b[1][p][0] = taken[2], b[1][p][1] = taken[3];
+    }
+    UNROLL
+    for (int i = 0; i < 2; ++i) add_product<3>(sum[i], x, half, b[i]);
   }
   const int row = lane_index() / 4, column = lane_index() % 4 * 2;
   UNROLL
@@ -259,19 +266,20 @@ struct Segment {
   }
 };
 
-// The states of a block of wavelets with which every tile of a group begins, times kOut, to the scratch as an operand on
-// the left, [tile][re, -im of each] high and low; the state moves on to the end of the group.
+// The states of a block of wavelets with which every tile of a group begins, times kOut, to the scratch as an operand
+// on the left, [tile][re, -im of each] high and low; the state moves on to the end of the group.
 DEVICE void chain(const Channel& channel, int block) {
   const Segment s = Segment::of(channel, block);
   const auto factor = [&](int field) { return channel.factor(field, s.wavelet); };
   const Pair<float> step = factor(MmaTable::kStep);
   const auto p = s.prefix<false>(step);
   const Pair<double> state = channel.states[s.wavelet];
-  Pair<float> u = factor(MmaTable::kSegment + s.segment) * Pair<float>::of(state) + factor(MmaTable::kThrough) * p.before;
+  Pair<float> u =
+      factor(MmaTable::kSegment + s.segment) * Pair<float>::of(state) + factor(MmaTable::kThrough) * p.before;
   sync_warp();  // all sums and states have been read
   if (s.segment == 0) {
-    channel.states[s.wavelet] = channel.power(MmaTable::kGroup, s.wavelet) * state +
-                                Pair<double>::of(factor(MmaTable::kIn)) * Pair<double>::of(p.all);
+    channel.states[s.wavelet] =
+        channel.group_power(s.wavelet) * state + Pair<double>::of(factor(MmaTable::kIn)) * Pair<double>::of(p.all);
   }
   auto* to = reinterpret_cast<uint32_t*>(channel.scratch);
   UNROLL
@@ -290,7 +298,7 @@ DEVICE void chain_end(const Channel& channel, int block) {
   const auto p = s.prefix<false>(channel.factor(MmaTable::kStep, s.wavelet));
   if (s.segment != 0) return;
   Pair<double>& state = channel.states[s.wavelet];
-  state = channel.power(MmaTable::kGroup, s.wavelet) * state +
+  state = channel.group_power(s.wavelet) * state +
           Pair<double>::of(channel.factor(MmaTable::kIn, s.wavelet)) * Pair<double>::of(p.all);
 }
 
@@ -299,7 +307,7 @@ template <class T>
 DEVICE Pair<double> state_after(const Channel& channel, const Segment& s, int steps) {
   const int tiles = steps / kMmaSteps;
   const Pair<double> in = Pair<double>::of(channel.factor(MmaTable::kIn, s.wavelet));
-  const Pair<double> tile = channel.power(MmaTable::kTile, s.wavelet), one = channel.power(MmaTable::kOne, s.wavelet);
+  const Pair<double> tile = channel.wide(MmaTable::kTile, s.wavelet), one = channel.wide(MmaTable::kOne, s.wavelet);
   Pair<double> state = channel.states[s.wavelet];
   for (int i = 0; i < tiles; ++i) {
     const auto v = load<2>(channel.sums() + i * kSumPitch + 2 * s.column);
@@ -317,8 +325,8 @@ DEVICE void add_states(const Channel& channel, int block, int first, float (&y)[
   const unsigned char* row = channel.scratch + lane % 16 * (kStatePitch * 4) + lane / 16 * 16;
   load_matrices<false>(high, row);
   load_matrices<false>(low, row + kMmaTiles * kStatePitch * 4);
-  const unsigned char* column = channel.table + (first + lane / 16 * 8 + lane % 8) * channel.layout.pitch() +
-                                block * 32 + lane / 8 % 2 * 16;
+  const unsigned char* column =
+      channel.table + (first + lane / 16 * 8 + lane % 8) * channel.layout.pitch() + block * 32 + lane / 8 % 2 * 16;
   UNROLL
   for (int i = 0; i < 4; i += 2) {
     const unsigned char* at = column + 8 * i * channel.layout.pitch();
@@ -327,7 +335,7 @@ DEVICE void add_states(const Channel& channel, int block, int first, float (&y)[
     load_matrices<false>(rest, at + channel.layout.plane());
     UNROLL
     for (int j = 0; j < 2; ++j) {
-      float(&c)[4] = y[i + j];
+      float (&c)[4] = y[i + j];
       mma<bf16>(c[0], c[1], c[2], c[3], high, power[2 * j], power[2 * j + 1]);
       mma<bf16>(c[0], c[1], c[2], c[3], high, rest[2 * j], rest[2 * j + 1]);
       mma<bf16>(c[0], c[1], c[2], c[3], low, power[2 * j], power[2 * j + 1]);
