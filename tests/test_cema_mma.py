@@ -50,6 +50,38 @@ def test_edges_of_the_plan(B: int, L: int, D: int, N: int, state: bool, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    ("B", "L", "D", "N", "distance"),
+    [
+        (1, 512, 1, 1, None),
+        (2, 513, 9, 8, None),
+        (1, 1025, 8, 16, None),
+        (1, 600, 2, 17, None),
+        (1, 2600, 3, 3, 1.5e-5),
+    ],
+)
+def test_gradients_of_the_output_alone(
+    B: int, L: int, D: int, N: int, distance: float | None, dtype: torch.dtype
+) -> None:
+    """Neither h0 nor dh: the adjoint goes by products, too."""
+    x, *p = arguments(dtype, B, L, D, N, False)[:6]
+    leaves = [x, *(p if distance is None else near_one(D, N, distance, F32))]
+    dy = Maker(dtype, seed=1).activation(B, L, D)
+
+    def run(dtype: torch.dtype | None) -> list[Tensor]:
+        inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in leaves]
+        y, _ = cema(*inputs)
+        return list(torch.autograd.grad(y, inputs, dy.to(y)))
+
+    dx, *got = run(None)
+    dx64, *want = run(torch.float64)
+    rounding = (dx64.to(dtype).double() - dx64).abs()
+    assert ((dx.double() - dx64).abs() - rounding).max() <= 2e-5 * dx64.abs().max()
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).abs().max() <= 5e-6 * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("N", [1, 16])
 @pytest.mark.parametrize("L", [600, 4100])
 def test_forward_is_accurate_before_rounding(L: int, N: int, dtype: torch.dtype) -> None:

@@ -5,7 +5,7 @@
 //           x_s. The adjoint is the same with time running back: dx_t = sum k dy + Re sum_n a q^t m, m <- q^32 m + g
 //           sum q^(32-s) dy_s, m the conjugate of what cema.h calls conj(q) l. (ops/cema_mma.h, ops/cema.h)
 // Layout    x, y, dy, dx [B, L, D] bf16 or f16; states [B, D, N, 2] float; parameters [D, N], [D], [D, N, 2] float;
-//           carries [B, periods - 1, D, N, 2] double; tables [channels, CemaMmaTable::bytes()]; all compact.
+//           carries [B, chunks - 1, D, N, 2] double; tables [channels, CemaMmaTable::bytes()]; all compact.
 // Mapping   a block of 8 warps takes 8 channels, whose tables stay in shared memory, and walks through a chunk of time
 //           of some rows of the batch, 512 steps at once: a thread loads two steps of the 8 channels, 16 bytes each,
 //           while the group before is computed, and stores them by channel as pairs of steps. A warp has a channel: 16
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kMmaThreads) cema_mma_table_kernel(Parameters<
 template <class T>
 struct MmaArgs {
   MmaWalk walk;
-  int64_t chunks, length, period;
+  int64_t chunks;  // walked through: all, or those that have another one behind them
   bool packed;
   MmaTable layout;
 };
@@ -209,13 +209,12 @@ DEVICE void for_wavelets(const MmaWalk& walk, int64_t d, int64_t rows, Body&& bo
   if (n < walk.N) body(n, (rows * walk.D + d) * walk.N + n);
 }
 
-// The states where a period begins.
-DEVICE void load_states(const MmaWalk& walk, const Channel& channel, int64_t d, int64_t b, int64_t period, bool ends) {
-  const int64_t periods = ceil_div(walk.L, walk.period);
+// The states where a chunk begins.
+DEVICE void load_states(const MmaWalk& walk, const Channel& channel, int64_t d, int64_t b, int64_t chunk, bool ends) {
   if (lane_index() < channel.layout.wavelets()) channel.states[lane_index()] = {0, 0};
   if (ends) return;
-  if (period > 0) {
-    for_wavelets(walk, d, b * (periods - 1) + period - 1, [&](int n, int64_t i) {
+  if (chunk > 0) {
+    for_wavelets(walk, d, b * (walk.plan.chunks - 1) + chunk - 1, [&](int n, int64_t i) {
       const auto v = load<2>(walk.carries + 2 * i);
       channel.states[n] = {v.v[0], walk.reverse ? -v.v[1] : v.v[1]};
     });
@@ -300,9 +299,9 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_kernel(MmaArgs<T> arg
       scratch + warp * kScratchBytes,        states + warp * layout.wavelets()};
   load_tables(walk.table, layout, memory);
 
-  const int64_t part = blockIdx.y / args.chunks, begin = blockIdx.y % args.chunks * args.length;
-  const int64_t end = walk.L - begin < args.length ? walk.L : begin + args.length;
-  const int64_t past = walk.plan.parts.end(part), periods = ceil_div(walk.L, walk.period);
+  const int64_t part = blockIdx.y / args.chunks, chunk = blockIdx.y % args.chunks, length = walk.plan.length;
+  const int64_t begin = chunk * length, end = walk.L - begin < length ? walk.L : begin + length;
+  const int64_t past = walk.plan.parts.end(part);
   const auto at_row = [&](int64_t b, int64_t first) {
     return GroupCursor{b, first, static_cast<int>(end - first < kMmaGroup ? end - first : kMmaGroup)};
   };
@@ -318,17 +317,16 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_kernel(MmaArgs<T> arg
     sync_block();  // the inputs are there
     if (next.b < past) two.fetch(walk, next, static_cast<const T*>(walk.in), args.packed);
     if (exists) {
-      if (at.first % walk.period == 0) {
+      if (at.first == begin) {
         sync_warp();  // the states before have been read
-        load_states(walk, channel, d, at.b, at.first / walk.period, kEnds);
+        load_states(walk, channel, d, at.b, chunk, kEnds);
         sync_warp();  // the states are there
       }
       if constexpr (kEnds) {
         end_group<T>(channel);
-        const int64_t period = at.first / walk.period, after = at.first + kMmaGroup;
-        if (after % walk.period == 0 && period < periods - 1) {
+        if (next.b != at.b) {
           sync_warp();  // the states have moved on
-          for_wavelets(walk, d, at.b * (periods - 1) + period, [&](int n, int64_t i) {
+          for_wavelets(walk, d, at.b * (walk.plan.chunks - 1) + chunk, [&](int n, int64_t i) {
             const Pair<double> v = channel.states[n];
             store(walk.carries + 2 * i, Pack<double, 2>{v.re, walk.reverse ? -v.im : v.im});
           });
@@ -353,8 +351,7 @@ template <class T, bool kEnds>
 void launch_walk(const MmaWalk& walk, const char* name, void* stream) {
   MmaArgs<T> args{};
   args.walk = walk;
-  args.chunks = walk.plan.chunks;
-  args.length = walk.plan.length;
+  args.chunks = walk.plan.chunks - (kEnds ? 1 : 0);
   args.packed = can_pack<T>(walk.D, walk.in, walk.out);
   args.layout = MmaTable::of(walk.N);
   const int64_t shared = kMmaChannels * (args.layout.shared_bytes() + kRowsBytes + kScratchBytes +
