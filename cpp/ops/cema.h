@@ -17,6 +17,7 @@
 #include "core/parallel.h"
 #include "core/powers.h"
 #include "core/tensor.h"
+#include "ops/cema_mma.h"
 
 namespace megalodon {
 
@@ -136,8 +137,13 @@ struct CemaForward : CemaShape {
 
   // The GPU: five numbers per wavelet, the states between chunks, and sums over the groups of wavelets so far.
   bool is_short() const { return L <= kCemaCudaShortSteps && N <= kCemaCudaShortWavelets; }
+  bool by_products() const { return CemaMmaPlan::takes(dtype, L, N); }
   int64_t cuda_bytes() const {
     if (is_short()) return 0;
+    if (by_products()) {
+      const CemaMmaPlan plan = CemaMmaPlan::of(B, L, D);
+      return B * (plan.chunks - 1) * D * N * 2 * 8 + plan.table_bytes(N);
+    }
     const CemaCudaPlan plan = CemaCudaPlan::of(*this);
     return (5 + B * (plan.chunks - 1) * 2) * D * N * 8 +
            (CemaCudaPlan::has_groups(N) ? B * L * D * size_of(stat_dtype(dtype)) : 0);
@@ -188,10 +194,17 @@ struct CemaBackward : CemaShape {
 
   // The GPU: as forward, with the adjoint state, the state and its derivative by q between chunks; then the sums of
   // every block, and where these are many their total.
+  // By products only dx, and only without h0 and dh, as in training: then dS/da follows from dS/dg, and the scan of the
+  // adjoint is spared.
+  bool by_products() const { return CemaMmaPlan::takes(dtype, L, N) && h0 == nullptr && dh == nullptr; }
+  int64_t product_bytes() const {
+    const CemaMmaPlan plan = CemaMmaPlan::of(B, L, D);
+    return by_products() ? B * (plan.chunks - 1) * D * N * 2 * 8 + plan.table_bytes(N) : 0;
+  }
   int64_t cuda_sums() const { return (5 * N + 1) * D; }  // of a block of every tile
   int64_t cuda_bytes() const {
     const CemaCudaPlan plan = CemaCudaPlan::of(*this);
-    return (5 + B * (plan.chunks - 1) * 6) * D * N * 8 + (plan.sums() + 1) * cuda_sums() * 8 +
+    return product_bytes() + (5 + B * (plan.chunks - 1) * 6) * D * N * 8 + (plan.sums() + 1) * cuda_sums() * 8 +
            (CemaCudaPlan::has_groups(N) ? B * L * D * size_of(stat_dtype(dtype)) : 0);
   }
 };

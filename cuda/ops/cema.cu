@@ -21,6 +21,7 @@
 //           below 1e-20 counts as 1e-20. Subnormal numbers are kept: they are as fast as others.
 #include "core/reduce.cuh"
 #include "ops/cema.h"
+#include "ops/cema_mma.cuh"
 #include "ops/cema_scan.cuh"
 
 namespace megalodon::cuda {
@@ -125,12 +126,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    cema_adjoint_carry_kernel(CarryArgs<A> args, Parameters<A> parameters, int64_t D, int64_t chunks, int64_t length) {
+  const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= D * N) return;
+  carry<A, 1, true>(args, parameters.wavelet(i / N, i % N), i, blockIdx.y, D * N, chunks, length);
+}
+
 // ---- from the sums to the gradients of the raw parameters -----------------------------------------------------------
 
 template <class A>
 struct GradientArgs {
   const double* sums;  // [count, block_sums]: see kSumQ
   int64_t count, block_sums, D;
+  bool has_input_sums;  // if not, dS/da is Re (g dS/dg) / a: from h0 = 0 on, y is in proportion to both, and dh is 0
   A *dalpha, *ddelta, *dtheta, *dgamma, *domega;
 };
 
@@ -151,9 +161,12 @@ __global__ void __launch_bounds__(kThreads) cema_gradients_kernel(GradientArgs<A
   for (int64_t n = lane; n < N; n += 32) {
     const int64_t i = d * N + n;
     const Wavelet w = parameters.wavelet(d, n);
-    const double a = input_of(w), da = sum(kSumA * row + i);
+    const double a = input_of(w), output_re = sum(kSumG * row + i), output_im = sum((kSumG + 1) * row + i);
     const Pair<double> dq{a * sum(kSumQ * row + i), -a * sum((kSumQ + 1) * row + i)};
-    const Pair<double> dg{a * sum(kSumG * row + i), -a * sum((kSumG + 1) * row + i)};
+    const Pair<double> dg{a * output_re, -a * output_im};
+    const Complex gamma = parameters.gamma_of(d, n);
+    const double da =
+        args.has_input_sums ? sum(kSumA * row + i) : scale * (gamma.re * output_re - gamma.im * output_im);
     const Pair<double> u = direction_of(w);
     const double drho = dq.re * u.re + dq.im * u.im, dphi = w.rho * (dq.im * u.re - dq.re * u.im);
     args.dalpha[i] = static_cast<A>(w.alpha.slope() * (da - w.delta.value * drho));
@@ -340,11 +353,47 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
   walk(cema_forward_kernel<T, kLanes, false>, "cema_forward", plan.sums());
 }
 
+// ---- by matrix instructions (cema_mma.cu) ---------------------------------------------------------------------------
+
+// A walk over `in`, forward or back. The workspace begins with the carries, since they are read 16 bytes at a time.
+template <class Args>
+void walk_by_products(const Args& args, bool reverse, const void* in, void* out, const void* start, void* last,
+                      void* stream) {
+  const auto parameters = Parameters<float>::of(args);
+  MmaWalk walk{};
+  walk.dtype = args.dtype;
+  walk.reverse = reverse;
+  walk.in = in;
+  walk.out = out;
+  walk.start = static_cast<const float*>(start);
+  walk.last = static_cast<float*>(last);
+  walk.carries = static_cast<double*>(args.workspace);
+  walk.B = args.B;
+  walk.L = args.L;
+  walk.D = args.D;
+  walk.N = args.N;
+  walk.plan = MmaPlan::of(args.B, args.L, args.D);
+  const int64_t cuts = walk.plan.chunks - 1;
+  auto* table = reinterpret_cast<unsigned char*>(walk.carries + args.B * cuts * args.D * args.N * 2);
+  walk.table = table;
+  cema_mma_table(parameters, static_cast<const float*>(args.omega), args.D, reverse, table, stream);
+  if (cuts > 0) {
+    cema_mma_ends(walk, stream);
+    launch({"cema_carry", dim3(blocks_of(args.D * args.N), static_cast<unsigned>(args.B)), dim3(kThreads), 0, stream},
+           reverse ? cema_adjoint_carry_kernel<float> : cema_forward_carry_kernel<float>,
+           CarryArgs<float>{walk.start, walk.carries}, parameters, args.D, cuts, walk.plan.length);
+  }
+  cema_mma_walk(walk, stream);
+}
+
 template <class T, int kLanes>
 void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   using A = stat_t<T>;
   const int64_t wavelets = args.D * args.N;
-  auto* carries = static_cast<double*>(args.workspace);  // first, since they are read 16 bytes at a time
+  const bool by_products = args.by_products();
+  if (by_products) walk_by_products(args, true, args.dy, args.dx, args.dh, nullptr, stream);
+  const unsigned scans = by_products ? 1 : 2;
+  auto* carries = reinterpret_cast<double*>(static_cast<char*>(args.workspace) + args.product_bytes());
   double* table = carries + args.B * (plan.chunks - 1) * wavelets * 6;
   make_table<A>(args, table, stream);
   ScanArgs<T> adjoint = scan_args<T>(args, plan);
@@ -369,16 +418,16 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   const auto walk = [&](auto kernel, const char* name, int64_t rows) {
     for (int64_t first = 0; first < args.N; first += kEach * kLanes) {
       adjoint.first = sensitivity.first = first;
-      launch({name, dim3(tiles, static_cast<unsigned>(rows), 2), dim3(kThreads), shared, stream}, kernel, sensitivity,
-             adjoint);
+      launch({name, dim3(tiles, static_cast<unsigned>(rows), scans), dim3(kThreads), shared, stream}, kernel,
+             sensitivity, adjoint);
     }
   };
   if (plan.chunks > 1) {
     walk(cema_backward_kernel<T, kLanes, true>, "cema_backward_ends", args.B * (plan.chunks - 1));
-    launch(
-        {"cema_backward_carry", dim3(blocks_of(wavelets), static_cast<unsigned>(args.B), 2), dim3(kThreads), 0, stream},
-        cema_backward_carry_kernel<A>, CarryArgs<A>{sensitivity.start, sensitivity.carries},
-        CarryArgs<A>{adjoint.start, adjoint.carries}, Parameters<A>::of(args), args.D, plan.chunks - 1, plan.length);
+    launch({"cema_backward_carry", dim3(blocks_of(wavelets), static_cast<unsigned>(args.B), scans), dim3(kThreads), 0,
+            stream},
+           cema_backward_carry_kernel<A>, CarryArgs<A>{sensitivity.start, sensitivity.carries},
+           CarryArgs<A>{adjoint.start, adjoint.carries}, Parameters<A>::of(args), args.D, plan.chunks - 1, plan.length);
   }
   walk(cema_backward_kernel<T, kLanes, false>, "cema_backward", plan.sums());
   const bool few = plan.sums() <= Plan::kFewParts;
@@ -387,6 +436,7 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
                                   few ? plan.sums() : 1,
                                   args.cuda_sums(),
                                   args.D,
+                                  !by_products,
                                   static_cast<A*>(args.dalpha),
                                   static_cast<A*>(args.ddelta),
                                   static_cast<A*>(args.dtheta),
@@ -400,6 +450,7 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
 
 void cema_forward(const CemaForward& args, void* stream) {
   if (args.B == 0 || args.D == 0) return;
+  if (args.by_products()) return walk_by_products(args, false, args.x, args.y, args.h0, args.h, stream);
   const Plan plan = Plan::of(args);
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
