@@ -33,7 +33,7 @@ def errors(args: tuple[Any, ...]) -> tuple[float, float]:
     ("B", "L", "D", "N", "state", "dtype"),
     [
         (1, 511, 3, 4, True, BF16),  # the scan's, by one step
-        (1, 512, 1, 1, False, BF16),  # one group of tiles, one channel, one wavelet
+        (1, 512, 1, 2, False, BF16),  # one group of tiles, one channel
         (2, 513, 9, 8, True, F16),  # one step beyond it, one channel beyond a block
         (1, 544, 8, 9, True, BF16),  # a whole tile; more than a block of wavelets; rows of 16 bytes
         (2, 1023, 7, 15, False, F16),
@@ -83,7 +83,7 @@ def test_gradients_of_the_output_alone(
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("N", [1, 16])
-@pytest.mark.parametrize("L", [600, 4100])
+@pytest.mark.parametrize("L", [512, 600, 4100])
 def test_forward_is_accurate_before_rounding(L: int, N: int, dtype: torch.dtype) -> None:
     beyond, state = errors(arguments(dtype, 1, L, 2, N, True))
     assert beyond <= 2e-5

@@ -1,4 +1,5 @@
-// cema on the GPU, by the recurrence ("scan", which is also "auto"). Not yet run on a GPU.
+// cema on the GPU, by the recurrence ("scan", which is also "auto"); long rows of 16-bit activations go by matrix
+// instructions (cema_mma.cu). Not yet run on a GPU.
 //
 // Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h).
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
@@ -11,8 +12,9 @@
 //           wavelet.
 // Traffic   forward 2 elements moved and 6 N FMA per element, backward 5 and 20 N (up to 4 N and 14 N more, and the
 //           inputs once more, with chunks): compute-bound from about N = 8 on, so that looking back for a chunk's state
-//           in one pass would save only what is not the limit. Tensor cores would change that: bf16 with split
-//           coefficients is to branch off in cema_forward and cema_backward.
+//           in one pass would save only what is not the limit. bf16 and f16, N <= 16 and L >= 512 branch off in
+//           cema_forward: y and h by matrix instructions. Backward, dx does so where there is neither h0 nor dh, as in
+//           training, and the adjoint's 6 N FMA are saved; gradients of parameters are still the scan's 14 N.
 // Numerics  coefficients, and what goes from chunk to chunk, in double. A walk is in float (double for float64), its
 //           states corrected every 128 steps, so that the rounding of q does not add up. Gradients of parameters: sums
 //           in float over 128 steps, in double over those, over chunks and the batch, in a fixed order. A few steps in

@@ -12,19 +12,22 @@
 //           tiles are the rows of mma.m16n8k16, so that its inputs are 8 registers and k is 8 more. Sums over tiles go
 //           through the warp's scratch to 4 lanes per wavelet, which chain the tiles and leave the states there as the
 //           next operand. Chunks as in cema.cu: the states they end with, the carry there, then the walk.
-// Traffic   2 elements moved and, at N = 16, 52 instructions (416 FLOP per element; a third more for f16) for 512
-// steps,
-//           and about 250 instructions of a warp for the states between tiles, which is the larger part: about a fifth
-//           of the scan's. A chunk reads the 57 KB of its tables (N = 16), the cost of some 900 steps. Rows of 16 bytes
-//           are half of a sector of memory: the block next to this one reads the other half, from L2 at best. Limit
-//           expected: issue of instructions and shared memory, near that of memory.
-// Numerics  coefficients and powers in double, k and q^t as the sum of two bf16, and so is the state over a tile: each
-//           to 2^-17, products of two low parts left out, sums in float. bf16 inputs are exact; f16 inputs are exactly
-//           two bf16, since coefficients in f16 would underflow. States are chained in float over 16 tiles, and from
-//           group to group in double, so that no rounding adds up. All in fixed order. Products with zero above k's
-//           diagonal must not carry a NaN back in time: see Causal; what follows a NaN or inf is NaN.
-// Limits    16-bit activations, N <= 16, at least 512 steps: CemaMmaPlan; everything else is the scan's, in cema.cu. A
-//           state beyond 3.39e38 / |a g|, which bf16 rounds to inf, is one.
+// Traffic   2 elements moved; at N = 16, 60 products of bf16 (480 FLOP per element; f16: 82) and 250 to 300 other
+//           instructions of a warp for 512 steps of a channel, most of them for the states between tiles: a quarter of
+//           the scan's instructions. Limit expected: issue and shared memory, not far from that of memory. A block
+//           reads 74 KB of tables (N = 16), as many bytes as 2,300 of its steps; chunks read x once more. Rows of 16
+//           bytes are half a sector of memory: the neighbouring block reads the other half, from L2 at best.
+// Numerics  coefficients and powers in double. k, the powers that lead out of a state and the state itself are the sum
+//           of two bf16, each to 2^-17: the error of y before it is rounded. Powers that lead into a state are the sum
+//           of three, to 2^-25, since h stays in float. Products of two low parts are left out; sums in float. bf16
+//           inputs are exact; f16 inputs are exactly two bf16, since coefficients in f16 would underflow. States are
+//           chained in float over 16 tiles, and from group to group in double, so that no rounding adds up. All in
+//           fixed order. Zeros above k's diagonal would carry a NaN or inf back in time: see Causal; the outputs from
+//           its step on are NaN, where the scan may give inf.
+// Limits    16-bit activations, N <= 16, at least 512 steps: CemaMmaPlan. All else is the scan's, in cema.cu, and so
+// are
+//           the gradients of parameters, and all of backward where there is h0 or dh. A state times |a g| beyond
+//           3.39e38, which bf16 rounds to inf, is inf.
 #include "core/reduce.cuh"
 #include "ops/cema_mma.cuh"
 #include "ops/cema_mma.h"
@@ -347,6 +350,12 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_kernel(MmaArgs<T> arg
   }
 }
 
+constexpr int64_t shared_bytes(MmaTable layout) {
+  return kMmaChannels * (layout.shared_bytes() + kRowsBytes + kScratchBytes +
+                         layout.wavelets() * static_cast<int64_t>(sizeof(Pair<double>)));
+}
+static_assert(shared_bytes(MmaTable::of(MmaPlan::kMostWavelets)) <= 99 * 1024);  // all that sm_86 and sm_89 have
+
 template <class T, bool kEnds>
 void launch_walk(const MmaWalk& walk, const char* name, void* stream) {
   MmaArgs<T> args{};
@@ -354,10 +363,8 @@ void launch_walk(const MmaWalk& walk, const char* name, void* stream) {
   args.chunks = walk.plan.chunks - (kEnds ? 1 : 0);
   args.packed = can_pack<T>(walk.D, walk.in, walk.out);
   args.layout = MmaTable::of(walk.N);
-  const int64_t shared = kMmaChannels * (args.layout.shared_bytes() + kRowsBytes + kScratchBytes +
-                                         args.layout.wavelets() * static_cast<int64_t>(sizeof(Pair<double>)));
   const dim3 grid(static_cast<unsigned>(walk.plan.tiles), static_cast<unsigned>(walk.plan.parts.parts * args.chunks));
-  launch({name, grid, dim3(kMmaThreads), shared, stream}, cema_mma_kernel<T, kEnds>, args);
+  launch({name, grid, dim3(kMmaThreads), shared_bytes(args.layout), stream}, cema_mma_kernel<T, kEnds>, args);
 }
 
 template <bool kEnds>
