@@ -3,7 +3,7 @@
 //
 // Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h).
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
-// Mapping   a block takes a tile of channels (128 / lanes; 1 to 16 lanes share the wavelets of a channel, four each, in
+// Mapping   a block takes a tile of channels (128 / lanes; 1 to 8 lanes share the wavelets of a channel, four each, in
 //           registers) and walks through time (cema_scan.cuh). If there are too few blocks for a GPU, time is cut into
 //           chunks: the states they end with, begun with zeros; the states they begin with, one after the other; then
 //           the walk. If there are many, a block takes several rows of the batch. Backward, two walks side by side: the
@@ -19,7 +19,7 @@
 //           states corrected every 128 steps, so that the rounding of q does not add up. Gradients of parameters: sums
 //           in float over 128 steps, in double over those, over chunks and the batch, in a fixed order. A few steps in
 //           double.
-// Limits    no fft. N > 64: groups of 64 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
+// Limits    no fft. N > 32: groups of 32 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
 //           below 1e-20 counts as 1e-20. Subnormal numbers are kept: they are as fast as others.
 #include "core/reduce.cuh"
 #include "ops/cema.h"
@@ -318,9 +318,8 @@ void visit_lanes(int64_t lanes, Body&& body) {
   if (lanes == 1) return body(std::integral_constant<int, 1>{});
   if (lanes == 2) return body(std::integral_constant<int, 2>{});
   if (lanes == 4) return body(std::integral_constant<int, 4>{});
-  if (lanes == 8) return body(std::integral_constant<int, 8>{});
-  static_assert(Plan::kMostLanes == 16);
-  body(std::integral_constant<int, 16>{});
+  static_assert(Plan::kMostLanes == 8);
+  body(std::integral_constant<int, 8>{});
 }
 
 template <class T, int kLanes>
