@@ -63,7 +63,7 @@ struct CemaShape {
 struct CemaCudaPlan {
   static constexpr int64_t kThreads = 128;  // of a block: a warp for each scheduler of a processor
   static constexpr int64_t kEach = 4;       // wavelets of a thread
-  static constexpr int64_t kMostLanes = 8;
+  static constexpr int64_t kMostLanes = 8;  // 16 would need more registers than there are
   // Few blocks: time is cut into chunks, for two blocks on each of the 132 processors of an H100, which costs up to
   // 10 N FMA per element in the place of 6 N. Many: a block takes several rows of the batch.
   static constexpr int64_t kFewBlocks = 99, kWantedBlocks = 264, kManyBlocks = 1056;
