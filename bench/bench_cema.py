@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import measure
+from harness import maker, measure, sizes
 from torch import Tensor
 
 from megalodon_ops import registry
-from megalodon_ops._library import Maker
 
 OP = registry["cema"]
 
@@ -28,13 +27,16 @@ def _fft(
     """The output alone, without a state, in float32."""
     L, N = x.shape[1], alpha.shape[1]
     a = alpha.sigmoid()
-    n = torch.arange(1, N + 1, dtype=alpha.dtype)
+    n = torch.arange(1, N + 1, dtype=alpha.dtype, device=x.device)
     phi = n * (2 * math.pi / N) * theta.sigmoid()[:, None]
     log_q = torch.complex(torch.log1p(-a * delta.sigmoid()), phi)
     c = a * torch.view_as_complex(gamma) / math.sqrt(N)
     # Powers by doubling: about 2 multiplications per kernel value instead of an exponential.
-    powers = torch.exp(log_q[..., None] * torch.arange(64))
-    coarse = torch.exp(log_q[..., None] * 64 * torch.arange((L + 63) // 64)) * c[..., None]
+    powers = torch.exp(log_q[..., None] * torch.arange(64, device=x.device))
+    coarse = (
+        torch.exp(log_q[..., None] * 64 * torch.arange((L + 63) // 64, device=x.device))
+        * c[..., None]
+    )
     k = torch.einsum("dnj,dni->dij", powers, coarse).real.flatten(1)[:, :L]
     size = 1 << (2 * L - 1).bit_length()
     u = x.float()
@@ -45,18 +47,21 @@ def _fft(
 
 
 def _arguments(dtype: torch.dtype, B: int, L: int, D: int, N: int = 16) -> tuple[Any, ...]:
-    make = Maker(dtype)
+    make = maker(dtype)
     parameters = (make.stat(*s) for s in ((D, N), (D, N), (D,), (D, N, 2), (D,)))
     return make.activation(B, L, D), *parameters
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cema(benchmark: Any, dtype: torch.dtype, backward: bool) -> None:
+@pytest.mark.parametrize("size", sizes((2, 4096, 512)), ids=str)
+def test_cema(
+    benchmark: Any, size: tuple[int, int, int], dtype: torch.dtype, backward: bool
+) -> None:
     measure(
         benchmark,
         OP,
-        _arguments(dtype, 2, 4096, 512),
+        _arguments(dtype, *size),
         _arguments(dtype, 2, 300, 64),
         backward=backward,
         floor="fma",

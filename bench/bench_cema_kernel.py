@@ -17,12 +17,15 @@ OP = registry["cema_kernel"]
 def _torch(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int) -> Tensor:
     N = alpha.shape[1]
     a = alpha.sigmoid()
-    n = torch.arange(1, N + 1, dtype=alpha.dtype)
+    n = torch.arange(1, N + 1, dtype=alpha.dtype, device=alpha.device)
     phi = n * (2 * math.pi / N) * theta.sigmoid()[:, None]
     log_q = torch.complex(torch.log1p(-a * delta.sigmoid()), phi)
     c = a * torch.view_as_complex(gamma) / math.sqrt(N)
-    powers = torch.exp(log_q[..., None] * torch.arange(64))
-    coarse = torch.exp(log_q[..., None] * 64 * torch.arange((length + 63) // 64)) * c[..., None]
+    powers = torch.exp(log_q[..., None] * torch.arange(64, device=alpha.device))
+    coarse = (
+        torch.exp(log_q[..., None] * 64 * torch.arange((length + 63) // 64, device=alpha.device))
+        * c[..., None]
+    )
     return torch.einsum("dnj,dni->dij", powers, coarse).real.flatten(1)[:, :length].contiguous()
 
 

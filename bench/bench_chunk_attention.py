@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import measure
+from harness import maker, measure, sizes
 from torch import Tensor
 
 from megalodon_ops import registry
-from megalodon_ops._library import Maker
 
 OP = registry["chunk_attention"]
 
@@ -21,7 +20,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, C: int, *_: Any) -> Tensor:
 def _arguments(
     dtype: torch.dtype, B: int, L: int, H: int, S: int, E: int, C: int
 ) -> tuple[Any, ...]:
-    make = Maker(dtype)
+    make = maker(dtype)
     q = make.activation(B, L, H, S) * S**-0.5
     return q, make.activation(B, L, H, S), make.activation(B, L, H, E), C
 
@@ -29,13 +28,20 @@ def _arguments(
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("H", "S", "E"), [(1, 256, 2048), (8, 64, 64)], ids=["mega", "S64"])
+@pytest.mark.parametrize("size", sizes((1, 4096, 0)), ids=str)
 def test_chunk_attention(
-    benchmark: Any, H: int, S: int, E: int, dtype: torch.dtype, backward: bool
+    benchmark: Any,
+    size: tuple[int, int, int],
+    H: int,
+    S: int,
+    E: int,
+    dtype: torch.dtype,
+    backward: bool,
 ) -> None:
     measure(
         benchmark,
         OP,
-        _arguments(dtype, 1, 4096, H, S, E, 2048),
+        _arguments(dtype, *size[:2], H, S, E, 2048),
         _arguments(dtype, 1, 200, H, S, E, 128),
         backward=backward,
         floor="fma",

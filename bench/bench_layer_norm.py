@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import measure
+from harness import maker, measure, sizes
 from torch import Tensor
 
 from megalodon_ops import registry
-from megalodon_ops._library import Maker
 
 OP = registry["layer_norm"]
 
@@ -19,17 +18,20 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def _arguments(dtype: torch.dtype, B: int, L: int, D: int) -> tuple[Any, ...]:
-    make = Maker(dtype)
+    make = maker(dtype)
     return make.activation(B, L, D), make.stat(D), make.stat(D), 1e-5
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layer_norm(benchmark: Any, dtype: torch.dtype, backward: bool) -> None:
+@pytest.mark.parametrize("size", sizes((2, 4096, 512)), ids=str)
+def test_layer_norm(
+    benchmark: Any, size: tuple[int, int, int], dtype: torch.dtype, backward: bool
+) -> None:
     measure(
         benchmark,
         OP,
-        _arguments(dtype, 2, 4096, 512),
+        _arguments(dtype, *size),
         _arguments(dtype, 2, 64, 512),
         backward=backward,
         peers={"torch": _torch},

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import measure
+from harness import maker, measure, sizes
 from torch import Tensor
 
 from megalodon_ops import registry
-from megalodon_ops._library import Maker
 
 OP = registry["qk_norm_rope"]
 
@@ -19,8 +18,8 @@ def _torch(
     """With cosines and sines made in each call, as ours are."""
     B, L, D = z.shape
     S = D // H
-    pair = torch.arange(0, S, 2) / S
-    angle = (torch.arange(L) % C)[:, None] * base**-pair
+    pair = torch.arange(0, S, 2, device=z.device) / S
+    angle = (torch.arange(L, device=z.device) % C)[:, None] * base**-pair
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]
     zn = torch.nn.functional.rms_norm(z.view(B, L, H, S).float(), (S,), None, 1e-5)
     out = []
@@ -32,7 +31,7 @@ def _torch(
 
 
 def _arguments(dtype: torch.dtype, B: int, L: int, H: int, S: int) -> tuple[Any, ...]:
-    make = Maker(dtype)
+    make = maker(dtype)
     scales = make.stat(2, H * S, scale=0.3), make.stat(2, H * S, scale=0.3)
     return make.activation(B, L, H * S), *scales, H, 2048, 10000.0, None, 1e-5, None
 
@@ -40,11 +39,19 @@ def _arguments(dtype: torch.dtype, B: int, L: int, H: int, S: int) -> tuple[Any,
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("H", "S"), [(1, 256), (4, 256)], ids=["H1", "H4"])
-def test_qk_norm_rope(benchmark: Any, H: int, S: int, dtype: torch.dtype, backward: bool) -> None:
+@pytest.mark.parametrize("size", sizes((2, 4096, 0)), ids=str)
+def test_qk_norm_rope(
+    benchmark: Any,
+    size: tuple[int, int, int],
+    H: int,
+    S: int,
+    dtype: torch.dtype,
+    backward: bool,
+) -> None:
     measure(
         benchmark,
         OP,
-        _arguments(dtype, 2, 4096, H, S),
+        _arguments(dtype, *size[:2], H, S),
         _arguments(dtype, 2, 100, H, S),
         backward=backward,
         peers={"torch": _torch},

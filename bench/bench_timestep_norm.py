@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import measure
+from harness import maker, measure
 from torch import Tensor
 
 from megalodon_ops import registry
-from megalodon_ops._library import Maker
 
 OP = registry["timestep_norm"]
 
@@ -24,7 +23,7 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float)
 
 
 def _arguments(dtype: torch.dtype, B: int, L: int, D: int, G: int) -> tuple[Any, ...]:
-    make = Maker(dtype)
+    make = maker(dtype)
     return make.activation(B, L, D), make.stat(D), make.stat(D), G, 1e-5
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
+import gc
 import json
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from harness import lines, rows
 
 RESULTS = Path(__file__).parent / "results"
+_DEADLINE = pytest.StashKey[float]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     writes to old memory.
     """
     harness.device = torch.device(config.getoption("--device"))
+    harness.long_set = config.getoption("--long")
+    config.stash[_DEADLINE] = time.monotonic() + config.getoption("--seconds")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX
@@ -34,16 +40,34 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=1, help="torch threads of the benches")
     parser.addoption("--device", default="cpu", help="where ops are timed: cpu or cuda")
+    parser.addoption("--long", action="store_true", help="on a GPU: all sizes and types")
+    parser.addoption("--seconds", type=float, default=1e9, help="no bench begins after these")
     parser.addoption("--save", metavar="NAME", help="write the table to bench/results/NAME.json")
     parser.addoption("--results", default=str(RESULTS), help="another folder for it")
 
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Any:
-    before = torch.get_num_threads()
+    if time.monotonic() > request.config.stash[_DEADLINE]:
+        pytest.skip("no time left (--seconds)")
+    before, count = torch.get_num_threads(), len(rows)
     torch.set_num_threads(request.config.getoption("--threads"))
     yield
     torch.set_num_threads(before)
+    if len(rows) > count:  # a run that is cut off has what it has measured
+        _save(request.config)
+    if harness.device.type == "cuda":
+        gc.collect()  # graphs hold their memory
+        torch.cuda.empty_cache()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU bfloat16 alone, but for --long and benches of one type."""
+    if harness.device.type == "cpu" or harness.long_set:
+        return
+    left_out = [i for i in items if "float32" in i.name and "torch.bfloat16" not in i.name]
+    items[:] = [i for i in items if i not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def device_name() -> str:
@@ -66,6 +90,43 @@ def _commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
+def _save(config: pytest.Config) -> Path | None:
+    """Writes the table so far, beside rows of the same commit and device that are there already."""
+    name = config.getoption("--save")
+    if not name:
+        return None
+    path = Path(config.getoption("--results")) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "device": device_name(),
+        "cores": os.cpu_count(),
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        **_ceilings(),
+    }
+    new = [r.as_dict() for r in rows]
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if (old.get("commit"), old.get("device")) == (document["commit"], document["device"]):
+        measured = {tuple(row[k] for k in KEY) for row in new}
+        new += [row for row in old["rows"] if tuple(row[k] for k in KEY) not in measured]
+    path.write_text(json.dumps({**document, "rows": new}, indent=1) + "\n")
+    return path
+
+
+KEY = ("op", "shape", "dtype", "direction", "threads", "device_type")
+
+
+@functools.cache
+def _ceilings() -> dict[str, Any]:
+    """What this GPU can do in this run."""
+    if harness.device.type == "cpu":
+        return {}
+    from ceilings import ceilings
+
+    return {"ceilings": ceilings()}
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     write = terminalreporter.write_line
     for line in ["", *lines] if lines else []:
@@ -83,17 +144,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{r.op:22}{r.shape:20}{r.dtype:10}{r.direction:18}{r.ours_ms:10.3f}{r.floor:>7}"
             f"{100 * r.floor_ratio:8.0f}%{r.peer:>16}{ratio:>8}{r.noise:6.2f}{r.error:10.1e}"
         )
-    name = config.getoption("--save")
-    if name:
-        path = Path(config.getoption("--results")) / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        document = {
-            "device": device_name(),
-            "cores": os.cpu_count(),
-            "date": datetime.date.today().isoformat(),
-            "commit": _commit(),
-            "torch": torch.__version__,
-            "rows": [r.as_dict() for r in rows],
-        }
-        path.write_text(json.dumps(document, indent=1) + "\n")
+    for name, value in _ceilings().get("ceilings", {}).items():
+        write(f"{name}: {value}")
+    path = _save(config)
+    if path is not None:
         write(f"wrote {path}")

@@ -8,17 +8,17 @@ and reports the median of the per-round ratios, beside that of ours against itse
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import gpu
 import torch
 from torch import Tensor
 
-from megalodon_ops._library import Op
+from megalodon_ops._library import Maker, Op
 
 ROUNDS = 9
 
@@ -42,6 +42,8 @@ class Row:
     noise: float
     error: float
     device_type: str = "cpu"
+    ours_p10_ms: float | None = None
+    ours_p90_ms: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,6 +52,26 @@ class Row:
 rows: list[Row] = []
 lines: list[str] = []  # of benches that are no op's, printed before the table
 device = torch.device("cpu")  # where ops are timed; --device
+long_set = False  # all sizes and types on a GPU; --long
+
+
+def sizes(*on_cpu: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
+    """B, L, D to time: these on the CPU, on a GPU the public ones."""
+    if device.type == "cpu":
+        return on_cpu
+    return gpu.LONG if long_set else gpu.SHORT
+
+
+class _OnDevice(Maker):
+    """Makes numbers where they are needed: billions of them take minutes on a CPU."""
+
+    def _normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, dtype=torch.float32, device=self.device).to(dtype)
+
+
+def maker(dtype: torch.dtype) -> Maker:
+    """Of random inputs on the device."""
+    return Maker(dtype) if device.type == "cpu" else _OnDevice(dtype, device)
 
 
 def _time(call: Callable[[], Any], repeats: int) -> float:
@@ -63,72 +85,19 @@ def interleave(
     candidates: dict[str, Callable[[], Any]], rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
     """Milliseconds per call, one entry per round; every round runs all candidates in turn."""
-    timer = _time_on_gpu if device.type == "cuda" else _time
+    on_gpu = device.type == "cuda"
+    timer, rounds = (gpu.time_ms, max(rounds, gpu.ROUNDS)) if on_gpu else (_time, rounds)
     repeats = {}
     for name, call in candidates.items():
-        for _ in range(WARM_UP[device.type]):
+        for _ in range(gpu.WARM_UP if on_gpu else 1):
             call()
         once = timer(call, 1)
-        repeats[name] = max(1, min(1000, int(5.0 / max(once, 1e-4))))
+        repeats[name] = max(1, min(1000, int((gpu.ROUND_MS if on_gpu else 5.0) / max(once, 1e-4))))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
             times[name].append(timer(call, repeats[name]))
     return times
-
-
-# ---- on a GPU: not yet run on one --------------------------------------------------------------
-
-WARM_UP = {"cpu": 1, "cuda": 10}
-ROTATED_BYTES = 256 << 20  # at least, and three sets of inputs: several times the L2 cache
-
-
-def _time_on_gpu(call: Callable[[], Any], repeats: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / repeats
-
-
-def _moved(args: Sequence[Any]) -> list[Any]:
-    return [a.to(device) if isinstance(a, Tensor) else a for a in args]
-
-
-def _copies(args: Sequence[Any]) -> list[list[Any]]:
-    """Sets of inputs to rotate through, so that none is in the cache when its turn comes."""
-    size = sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
-    count = max(3, -(-ROTATED_BYTES // max(size, 1)))
-    return [_clones(args) for _ in range(min(count, 64))]
-
-
-def _rotating(make: Callable[[Sequence[Any]], Callable[[], Any]], args: Sequence[Any]) -> Any:
-    """A call that replays a graph of one set of inputs after the other; where a peer cannot be
-    captured, the calls themselves.
-    """
-    calls = [make(copy) for copy in _copies(args)]
-    try:
-        replays = [_captured(call) for call in calls]
-    except RuntimeError:
-        torch.cuda.synchronize()
-        replays = calls
-    turns = itertools.cycle(replays)
-    return lambda: next(turns)()
-
-
-def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 # ---- floors ------------------------------------------------------------------------------------
@@ -151,7 +120,9 @@ def fma_floor(flops: int) -> Callable[[], Any]:
     least one multiplication: on a GPU, ratios of small ops are to be read with that in mind).
     """
     n = 256 if device.type == "cpu" else 4096
-    a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
+    # A GPU's matrix units, for which 16-bit numbers are made.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    a, b, c = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
     count = max(1, round(flops / (2 * n**3)))
 
     def call() -> None:
@@ -168,6 +139,10 @@ def relative_error(op: Op, args: Sequence[Any]) -> float:
         got, wanted = op.overload(*_clones(args)), op.reference(*exact)
     got, wanted = (o[0] if isinstance(o, tuple) else o for o in (got, wanted))
     return ((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()
+
+
+def _moved(args: Sequence[Any]) -> list[Any]:
+    return [a.to(device) if isinstance(a, Tensor) else a for a in args]
 
 
 def _clones(args: Sequence[Any]) -> list[Any]:
@@ -205,17 +180,19 @@ def measure(
         if floor == "clone"
         else fma_floor(int(cost.flops * factor))
     )
+    if device.type == "cuda":
+        gpu.verify_at_size(op.name, _one_call(op.overload, _clones(args), backward))
     candidates = {
         "ours": _runner(op.overload, args, backward),
         "floor": floor_call,
         "again": _runner(op.overload, args, backward),
     }
-    for name, peer in (peers or {}).items():
-        candidates[name] = _runner(peer, args, backward)
-    times = interleave(candidates)
+    others = _peers(op.name, peers or {}, args, backward)
+    times = interleave(candidates | others)
     benchmark.pedantic(candidates["ours"], rounds=3, iterations=1)
 
-    best = min(peers or {}, key=lambda name: statistics.median(times[name]), default=None)
+    best = min(others, key=lambda name: statistics.median(times[name]), default=None)
+    tenths = statistics.quantiles(times["ours"], n=10)
     shapes = next(tuple(a.shape) for a in args if isinstance(a, Tensor))
     row = Row(
         op=op.name,
@@ -233,15 +210,37 @@ def measure(
         noise=ratio(times["again"], times["ours"]),
         error=error,
         device_type=device.type,
+        ours_p10_ms=tenths[0],
+        ours_p90_ms=tenths[-1],
     )
     benchmark.extra_info.update(row.as_dict())
     rows.append(row)
     return row
 
 
+def _peers(
+    op: str, peers: dict[str, Callable[..., Any]], args: Sequence[Any], backward: bool
+) -> dict[str, Callable[[], Any]]:
+    """What is timed beside ours. On a GPU one that fails, say for a size it does not have, or that
+    takes too long to compile, is left out, and the table says so.
+    """
+    if device.type == "cpu":
+        return {name: _runner(peer, args, backward) for name, peer in peers.items()}
+    runners = {}
+    for name, peer in gpu.at_their_best(peers).items():
+        try:
+            with gpu.time_limit(gpu.COMPILE_SECONDS):
+                runners[name] = _runner(peer, args, backward)
+        except (RuntimeError, NotImplementedError, TimeoutError, AssertionError) as error:
+            torch.cuda.synchronize()
+            reason = str(error).split("\n", 1)[0][:150]
+            lines.append(f"{op}: {name} is left out: {reason}")
+    return runners
+
+
 def _runner(function: Callable[..., Any], args: Sequence[Any], backward: bool) -> Callable[[], Any]:
     if device.type == "cuda":
-        return _rotating(lambda copy: _one_call(function, copy, backward), args)
+        return gpu.rotating(lambda copy: _one_call(function, copy, backward), args)
     return _one_call(function, args, backward)
 
 
@@ -250,9 +249,9 @@ def _one_call(
 ) -> Callable[[], Any]:
     if not backward:
 
-        def forward() -> None:
+        def forward() -> Any:
             with torch.no_grad():
-                function(*args)
+                return function(*args)
 
         return forward
     leaves = [
@@ -266,9 +265,9 @@ def _one_call(
     first = output[0] if isinstance(output, tuple) else output
     cotangent = torch.randn_like(first)
 
-    def both() -> None:
+    def both() -> Any:
         result = function(*leaves)
         y = result[0] if isinstance(result, tuple) else result
-        torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
+        return torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
 
     return both

@@ -267,7 +267,9 @@ def run(chosen: list[str], path: Path, document: dict[str, Any], total: float = 
     parts = document["parts"]
     broken_off = False
     for part in chosen:
-        limit = min(LIMITS[part], end - time.monotonic())
+        left = end - time.monotonic()
+        later = sum(LIMITS[other] for other in chosen[chosen.index(part) + 1 :])
+        limit = min(left, max(LIMITS[part], left - later))  # with what earlier parts left over
         if limit < LEAST:
             print(f"== {part}: no time left", flush=True)
             continue
