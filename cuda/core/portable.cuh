@@ -275,6 +275,15 @@ DEVICE To bits_as(From value) {
 #endif
 }
 
+// The value, as one that the compiler cannot foresee: what is computed from it is computed again where it is needed, and
+// not kept in registers from one turn of a loop to the next.
+DEVICE int anew(int value) {
+#if MEGALODON_NVCC
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 DEVICE float widen(float value) { return value; }
 DEVICE double widen(double value) { return value; }
 DEVICE float widen(bf16 value) { return bits_as<float>(static_cast<uint32_t>(value.bits) << 16); }
