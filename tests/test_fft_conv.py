@@ -69,6 +69,24 @@ def test_lengths(isa: str, L: int, dtype: torch.dtype) -> None:
         assert (a.double() - b).norm() <= bound * b.norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("L", [2049, 4097, 8192, 8193, 20000])
+def test_long(isa: str, L: int, dtype: torch.dtype) -> None:
+    """On either side of where the CUDA kernels go from one plan to the other; a few channels, more
+    than one row.
+    """
+    x, k = (a.requires_grad_() for a in arguments(dtype, 2, L, 3))
+    dy = Maker(dtype, seed=1).activation(2, L, 3)
+    y = fft_conv(x, k)
+    y64 = exact(x, k)
+    got = y, *torch.autograd.grad(y, (x, k), dy)
+    want = y64, *torch.autograd.grad(y64, (x, k), dy.double())
+    rounding = {F64: 2e-15, F32: 5e-7}.get(dtype, torch.finfo(dtype).eps)
+    for a, b in zip(got, want, strict=True):
+        bound = rounding if a.dtype == dtype else 5e-7  # dk of 16-bit numbers is float32
+        assert (a.double() - b.double()).norm() <= bound * b.norm()
+
+
 @pytest.mark.parametrize("L", [65, 96, 129])
 def test_the_past_does_not_see_the_future(isa: str, L: int) -> None:
     x, k = arguments(F64, 1, L, 9)

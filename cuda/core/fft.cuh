@@ -200,7 +200,7 @@ struct BlockFft {
   // body(index) for the thread's butterflies, one after the other: what a caller keeps leaves registers for one.
   template <class Body>
   static DEVICE void for_mine(Body&& body) {
-    ROLL for (int k = 0; k < kEach; ++k) body(static_cast<int>(threadIdx.x + k * blockDim.x));
+    ROLL for (int k = 0; k < kEach; ++k) body(anew(static_cast<int>(threadIdx.x + k * blockDim.x)));
   }
 
   // read(index, v) gives the points index + m points() / 8, m = 0 .. 7, of the array; write takes them.
@@ -232,8 +232,7 @@ struct BlockFft {
       sync_block();  // the points of the pass before are there
       for_mine([&](int index) {
         const Butterfly at = butterfly(index, depth);
-        UNROLL
-        for (int array = 0; array < kArrays; ++array) {
+        ROLL for (int array = 0; array < kArrays; ++array) {
           Point<A> v[8];
           at.get(z + array * points(), v);
           split_node(v, at.w);
@@ -263,7 +262,7 @@ struct BlockFft {
   DEVICE void for_leaves(Body&& body) const {
     UNROLL
     for (int k = 0; k < kEach; ++k) {
-      const auto index = static_cast<int>(threadIdx.x + k * blockDim.x);
+      const int index = anew(static_cast<int>(threadIdx.x + k * blockDim.x));
       body(k, index, butterfly(index, levels - 3));
     }
   }

@@ -47,15 +47,15 @@ DEVICE void store(T* to, const Pack<T, V>& pack) {
   }
 }
 
-// Lets a pack of 16 bytes be held as it is, and not as the wider values computed from it: see forget.
+// Lets a pack of 16 bytes be held as it is, and not as the wider values computed from it: see anew.
 template <class T, int V>
 DEVICE void hold_packed(Pack<T, V>& pack) {
   if constexpr (V * sizeof(T) == 16) {
     auto& words = *reinterpret_cast<uint4*>(pack.v);
-    forget(words.x);
-    forget(words.y);
-    forget(words.z);
-    forget(words.w);
+    words.x = anew(words.x);
+    words.y = anew(words.y);
+    words.z = anew(words.z);
+    words.w = anew(words.w);
   }
 }
 

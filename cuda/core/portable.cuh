@@ -284,11 +284,15 @@ DEVICE To bits_as(From value) {
 #endif
 }
 
-// The compiler forgets what it knows of the value. What it has computed of it then need not be held in registers.
-DEVICE void forget([[maybe_unused]] uint32_t& value) {
+// The value, as one that the compiler cannot foresee: what is computed from it is computed again where it is needed,
+// and not kept in registers.
+template <class T>
+DEVICE T anew(T value) {
+  static_assert(sizeof(T) == 4 && std::is_integral_v<T>);
 #if MEGALODON_NVCC
   asm volatile("" : "+r"(value));
 #endif
+  return value;
 }
 
 DEVICE float widen(float value) { return value; }

@@ -53,22 +53,31 @@ struct Steps {
   int64_t row, time, channel;  // distances
   int64_t L, D;
 
-  // The steps t + m distance, m = 0 .. 7.
-  DEVICE void read(int64_t b, int64_t d, int64_t t, int64_t distance, Point<A> (&v)[8]) const {
+  // The steps t + m 2^log_distance, m = 0 .. 7. Registers are few: the address goes along.
+  DEVICE void read(int64_t b, int64_t d, int64_t t, int log_distance, Point<A> (&v)[8]) const {
     const T* from = first + b * row + d * channel + t * time;
-    const int64_t left = d < D ? L - t : 0, stride = distance * time;
+    const int64_t stride = time * (int64_t{1} << log_distance);
+    const int last = last_of(d, t, log_distance);
     UNROLL
     for (int m = 0; m < 8; ++m) {
-      v[m] = {m * distance < left ? widen(from[m * stride]) : A(0), A(0)};
+      v[m] = {m <= last ? widen(*from) : A(0), A(0)};
+      from += stride;
     }
   }
-  DEVICE void write(int64_t b, int64_t d, int64_t t, int64_t distance, const Point<A> (&v)[8]) const {
+  DEVICE void write(int64_t b, int64_t d, int64_t t, int log_distance, const Point<A> (&v)[8]) const {
     T* to = first + b * row + d * channel + t * time;
-    const int64_t left = d < D ? L - t : 0, stride = distance * time;
+    const int64_t stride = time * (int64_t{1} << log_distance);
+    const int last = last_of(d, t, log_distance);
     UNROLL
     for (int m = 0; m < 8; ++m) {
-      if (m * distance < left) to[m * stride] = narrow<T>(v[m].re);
+      if (m <= last) *to = narrow<T>(v[m].re);
+      to += stride;
     }
+  }
+  // The last of them that exists, or less than 0.
+  DEVICE int last_of(int64_t d, int64_t t, int log_distance) const {
+    const int64_t last = d < D ? (L - 1 - t) >> log_distance : -1;
+    return static_cast<int>(last < 7 ? last < 0 ? -1 : last : 7);
   }
 };
 
@@ -85,15 +94,15 @@ Steps<T> reversed(const Steps<T>& steps) {
   return {steps.first + (steps.L - 1) * steps.time, steps.row, -steps.time, steps.channel, steps.L, steps.D};
 }
 
-template <class A>
-DEVICE void read_points(const Point<A>* from, int64_t distance, Point<A> (&v)[8]) {
+template <class A, class Index>
+DEVICE void read_points(const Point<A>* from, Index index, Index distance, Point<A> (&v)[8]) {
   UNROLL
-  for (int m = 0; m < 8; ++m) v[m] = from[m * distance];
+  for (Index m = 0; m < 8; ++m) v[m] = from[index + m * distance];
 }
-template <class A>
-DEVICE void write_points(Point<A>* to, int64_t distance, const Point<A> (&v)[8]) {
+template <class A, class Index>
+DEVICE void write_points(Point<A>* to, Index index, Index distance, const Point<A> (&v)[8]) {
   UNROLL
-  for (int m = 0; m < 8; ++m) to[m * distance] = v[m];
+  for (Index m = 0; m < 8; ++m) to[index + m * distance] = v[m];
 }
 
 // ---- a block's convolutions -----------------------------------------------------------------------------------------
@@ -149,16 +158,14 @@ DEVICE void convolve_backward(const BlockFft<A, kEach>& fft, const Parts& rows, 
     fft.template split_root<kReal>(1, [&](int index, Point<A>(&v)[8]) { read_x(b, index, v); });
     fft.template split_middle<2>();
     fft.for_leaves([&](int i, int, const auto& leaf) {
-      Point<A>* const xs = fft.z + fft.points();
-      Point<A> v[8];
-      leaf.get(xs, v);
-      split_node(v, leaf.w);
-      leaf.put(xs, v);  // and read one by one, since registers are few
+      Point<A> v[8], x[8];
+      leaf.get(fft.z + fft.points(), x);
+      split_node(x, leaf.w);
       leaf.get(fft.z, v);
       split_node(v, leaf.w);
       UNROLL
       for (int m = 0; m < 8; ++m) {
-        sum[i][m] = sum[i][m] + v[m] * xs[leaf.place_of(m)];
+        sum[i][m] = sum[i][m] + v[m] * x[m];
         v[m] = v[m] * k[i][m];
       }
       join_node(v, leaf.w);
@@ -184,6 +191,7 @@ template <class T>
 struct WholeArgs {
   using A = stat_t<T>;
   const A* table;
+  A scale;  // 1 / H
   int levels, width;
   Parts rows;
   Steps<const A> k;
@@ -196,13 +204,12 @@ struct WholeArgs {
   DEVICE BlockFft<A, kEach> fft(Point<A>* z) const {
     return {z, table, 1, levels, width};
   }
-  DEVICE A scale() const { return A(1) / static_cast<A>(1 << levels); }
   // Of the butterfly's first point and the distance between its points.
   DEVICE int64_t channel(int index) const {
     return (static_cast<int64_t>(blockIdx.x) << width) + (index & ((1 << width) - 1));
   }
   DEVICE int step(int index) const { return index >> width; }
-  DEVICE int distance() const { return 1 << (levels - 3); }
+  DEVICE int log_distance() const { return levels - 3; }
 };
 
 template <class T>
@@ -211,11 +218,13 @@ __global__ void __launch_bounds__(kForwardThreads<stat_t<T>>, 1) fft_conv_forwar
   DYNAMIC_SHARED(Point<A>, z);
   const auto fft = args.template fft<kForwardEach<A>>(z);
   convolve<true>(
-      fft, args.rows, blockIdx.y, args.scale(),
-      [&](int i, Point<A>(&v)[8]) { args.k.read(0, args.channel(i), args.step(i), args.distance(), v); },
-      [&](int64_t b, int i, Point<A>(&v)[8]) { args.in.read(b, args.channel(i), args.step(i), args.distance(), v); },
+      fft, args.rows, blockIdx.y, args.scale,
+      [&](int i, Point<A>(&v)[8]) { args.k.read(0, args.channel(i), args.step(i), args.log_distance(), v); },
+      [&](int64_t b, int i, Point<A>(&v)[8]) {
+        args.in.read(b, args.channel(i), args.step(i), args.log_distance(), v);
+      },
       [&](int64_t b, int i, const Point<A>(&v)[8]) {
-        args.out.write(b, args.channel(i), args.step(i), args.distance(), v);
+        args.out.write(b, args.channel(i), args.step(i), args.log_distance(), v);
       });
 }
 
@@ -225,15 +234,17 @@ __global__ void __launch_bounds__(kBackwardThreads<stat_t<T>>, 1) fft_conv_backw
   DYNAMIC_SHARED(Point<A>, z);  // two arrays
   const auto fft = args.template fft<kBackwardEach<A>>(z);
   convolve_backward<true>(
-      fft, args.rows, blockIdx.y, args.scale(),
-      [&](int i, Point<A>(&v)[8]) { args.k.read(0, args.channel(i), args.step(i), args.distance(), v); },
-      [&](int64_t b, int i, Point<A>(&v)[8]) { args.in.read(b, args.channel(i), args.step(i), args.distance(), v); },
-      [&](int64_t b, int i, Point<A>(&v)[8]) { args.x.read(b, args.channel(i), args.step(i), args.distance(), v); },
+      fft, args.rows, blockIdx.y, args.scale,
+      [&](int i, Point<A>(&v)[8]) { args.k.read(0, args.channel(i), args.step(i), args.log_distance(), v); },
+      [&](int64_t b, int i, Point<A>(&v)[8]) {
+        args.in.read(b, args.channel(i), args.step(i), args.log_distance(), v);
+      },
+      [&](int64_t b, int i, Point<A>(&v)[8]) { args.x.read(b, args.channel(i), args.step(i), args.log_distance(), v); },
       [&](int64_t b, int i, const Point<A>(&v)[8]) {
-        args.out.write(b, args.channel(i), args.step(i), args.distance(), v);
+        args.out.write(b, args.channel(i), args.step(i), args.log_distance(), v);
       },
       [&](int i, const Point<A>(&v)[8]) {
-        args.dk.write(blockIdx.y, args.channel(i), args.step(i), args.distance(), v);
+        args.dk.write(blockIdx.y, args.channel(i), args.step(i), args.log_distance(), v);
       });
 }
 
@@ -243,6 +254,7 @@ __global__ void __launch_bounds__(kBackwardThreads<stat_t<T>>, 1) fft_conv_backw
 template <class A>
 struct InnerArgs {
   const A* table;
+  A scale;  // 1 / H
   int levels, inner, width;
   Parts rows;
   const Point<A>* k;
@@ -256,9 +268,15 @@ struct InnerArgs {
     const int64_t subtrees = int64_t{1} << (levels - inner);
     return {z, table, subtrees + blockIdx.x % subtrees, inner, width};
   }
-  DEVICE A scale() const { return A(1) / static_cast<A>(int64_t{1} << levels); }
-  DEVICE int distance() const { return 1 << (inner + width - 3); }
-  DEVICE int64_t point(int64_t b, int index) const { return ((b * gridDim.x + blockIdx.x) << (inner + width)) + index; }
+  // The points of a butterfly of the subtree's root, in row b of an array.
+  DEVICE int64_t begin(int64_t b) const { return (b * gridDim.x + blockIdx.x) << (inner + width); }
+  DEVICE unsigned distance() const { return 1u << (inner + width - 3); }
+  DEVICE void read(const Point<A>* array, int64_t b, int index, Point<A> (&v)[8]) const {
+    read_points(array + begin(b), static_cast<unsigned>(index), distance(), v);
+  }
+  DEVICE void write(Point<A>* array, int64_t b, int index, const Point<A> (&v)[8]) const {
+    write_points(array + begin(b), static_cast<unsigned>(index), distance(), v);
+  }
 };
 
 template <class A>
@@ -266,10 +284,9 @@ __global__ void __launch_bounds__(kOuterThreads, 1) fft_conv_inner_forward_kerne
   DYNAMIC_SHARED(Point<A>, z);
   const auto fft = args.template fft<kForwardEach<A>>(z);
   convolve<false>(
-      fft, args.rows, blockIdx.y, args.scale(),
-      [&](int i, Point<A>(&v)[8]) { read_points(args.k + args.point(0, i), args.distance(), v); },
-      [&](int64_t b, int i, Point<A>(&v)[8]) { read_points(args.in + args.point(b, i), args.distance(), v); },
-      [&](int64_t b, int i, const Point<A>(&v)[8]) { write_points(args.in + args.point(b, i), args.distance(), v); });
+      fft, args.rows, blockIdx.y, args.scale, [&](int i, Point<A>(&v)[8]) { args.read(args.k, 0, i, v); },
+      [&](int64_t b, int i, Point<A>(&v)[8]) { args.read(args.in, b, i, v); },
+      [&](int64_t b, int i, const Point<A>(&v)[8]) { args.write(args.in, b, i, v); });
 }
 
 template <class A>
@@ -277,22 +294,16 @@ __global__ void __launch_bounds__(kBackwardThreads<A>, 1) fft_conv_inner_backwar
   DYNAMIC_SHARED(Point<A>, z);  // two arrays
   const auto fft = args.template fft<kBackwardEach<A>>(z);
   convolve_backward<false>(
-      fft, args.rows, blockIdx.y, args.scale(),
-      [&](int i, Point<A>(&v)[8]) { read_points(args.k + args.point(0, i), args.distance(), v); },
-      [&](int64_t b, int i, Point<A>(&v)[8]) { read_points(args.in + args.point(b, i), args.distance(), v); },
-      [&](int64_t b, int i, Point<A>(&v)[8]) { read_points(args.x + args.point(b, i), args.distance(), v); },
-      [&](int64_t b, int i, const Point<A>(&v)[8]) { write_points(args.in + args.point(b, i), args.distance(), v); },
+      fft, args.rows, blockIdx.y, args.scale, [&](int i, Point<A>(&v)[8]) { args.read(args.k, 0, i, v); },
+      [&](int64_t b, int i, Point<A>(&v)[8]) { args.read(args.in, b, i, v); },
+      [&](int64_t b, int i, Point<A>(&v)[8]) { args.read(args.x, b, i, v); },
+      [&](int64_t b, int i, const Point<A>(&v)[8]) { args.write(args.in, b, i, v); },
       [&](int i, const Point<A>(&v)[8]) {
-        Point<A>* to = args.dk + args.point(0, i);
-        Point<A> sum[8];
-        if (args.adds) {
-          read_points<A>(to, args.distance(), sum);
-          UNROLL
-          for (int m = 0; m < 8; ++m) sum[m] = sum[m] + v[m];
-          write_points(to, args.distance(), sum);
-        } else {
-          write_points(to, args.distance(), v);
-        }
+        Point<A> sum[8] = {};
+        if (args.adds) args.read(args.dk, 0, i, sum);
+        UNROLL
+        for (int m = 0; m < 8; ++m) sum[m] = sum[m] + v[m];
+        args.write(args.dk, 0, i, sum);
       });
 }
 
@@ -349,23 +360,23 @@ struct OuterBlock {
   DEVICE int64_t time_of(int index) const {
     return (static_cast<int64_t>(root_step(index)) << log_distance) + (column_of(index) >> args.width);
   }
-  DEVICE int64_t time_distance() const { return int64_t{1} << (args.pass - 3 + log_distance); }
+  DEVICE int log_time_distance() const { return args.pass - 3 + log_distance; }
 };
 
 // From the steps (at the root), or in place.
 template <class T>
-__global__ void __launch_bounds__(kOuterThreads) fft_conv_outer_kernel(OuterArgs<const T> args) {
+__global__ void __launch_bounds__(kOuterThreads, 2) fft_conv_outer_kernel(OuterArgs<const T> args) {
   using A = stat_t<T>;
   DYNAMIC_SHARED(Point<A>, z);
   const OuterBlock<const T> block(args);
   const auto fft = block.fft(z);
   if (args.depth == 0) {
     fft.template split_root<true>(0, [&](int i, Point<A>(&v)[8]) {
-      args.steps.read(args.row + block.b, block.channel_of(i), block.time_of(i), block.time_distance(), v);
+      args.steps.read(args.row + block.b, block.channel_of(i), block.time_of(i), block.log_time_distance(), v);
     });
   } else {
     fft.template split_root<false>(0, [&](int i, Point<A>(&v)[8]) {
-      read_points<A>(block.point(i, block.root_step(i)), block.root_distance(), v);
+      read_points<A>(block.point(i, block.root_step(i)), int64_t{0}, block.root_distance(), v);
     });
   }
   fft.split_middle();
@@ -373,28 +384,28 @@ __global__ void __launch_bounds__(kOuterThreads) fft_conv_outer_kernel(OuterArgs
     Point<A> v[8];
     leaf.get(z, v);
     split_node(v, leaf.w);
-    write_points(block.point(i, block.leaf_step(i)), block.leaf_distance(), v);
+    write_points(block.point(i, block.leaf_step(i)), int64_t{0}, block.leaf_distance(), v);
   });
 }
 
 template <class T>
-__global__ void __launch_bounds__(kOuterThreads) fft_conv_outer_inverse_kernel(OuterArgs<T> args) {
+__global__ void __launch_bounds__(kOuterThreads, 2) fft_conv_outer_inverse_kernel(OuterArgs<T> args) {
   using A = stat_t<T>;
   DYNAMIC_SHARED(Point<A>, z);
   const OuterBlock<T> block(args);
   const auto fft = block.fft(z);
   fft.for_leaves([&](int, int i, const auto& leaf) {
     Point<A> v[8];
-    read_points<A>(block.point(i, block.leaf_step(i)), block.leaf_distance(), v);
+    read_points<A>(block.point(i, block.leaf_step(i)), int64_t{0}, block.leaf_distance(), v);
     join_node(v, leaf.w);
     leaf.put(z, v);
   });
   fft.join_middle();
   fft.join_root(0, [&](int i, const Point<A>(&v)[8]) {
     if (args.depth == 0) {
-      args.steps.write(args.row + block.b, block.channel_of(i), block.time_of(i), block.time_distance(), v);
+      args.steps.write(args.row + block.b, block.channel_of(i), block.time_of(i), block.log_time_distance(), v);
     } else {
-      write_points(block.point(i, block.root_step(i)), block.root_distance(), v);
+      write_points(block.point(i, block.root_step(i)), int64_t{0}, block.root_distance(), v);
     }
   });
 }
@@ -421,6 +432,7 @@ void forward_whole(const FftConvForward& args, const FftConvCudaPlan& plan, void
   fill_fft_table(workspace.table, plan.levels, stream);
   WholeArgs<T> whole{};
   whole.table = workspace.table;
+  whole.scale = A(1) / static_cast<A>(plan.points());
   whole.levels = plan.levels;
   whole.width = plan.width;
   whole.rows = {args.B, plan.parts};
@@ -440,6 +452,7 @@ void backward_whole(const FftConvBackward& args, const FftConvCudaPlan& plan, vo
   A* const dk = static_cast<A*>(args.dk);
   WholeArgs<T> whole{};
   whole.table = workspace.table;
+  whole.scale = A(1) / static_cast<A>(plan.points());
   whole.levels = plan.levels;
   whole.width = plan.width;
   whole.rows = {args.B, plan.parts};
@@ -505,6 +518,7 @@ template <class A>
 InnerArgs<A> inner_args(const FftConvCudaPlan& plan, const A* table, int64_t rows, const Point<A>* k, Point<A>* in) {
   InnerArgs<A> inner{};
   inner.table = table;
+  inner.scale = A(1) / static_cast<A>(plan.points());
   inner.levels = plan.levels;
   inner.inner = plan.inner;
   inner.width = plan.width;
