@@ -275,8 +275,8 @@ DEVICE To bits_as(From value) {
 #endif
 }
 
-// The value, as one that the compiler cannot foresee: what is computed from it is computed again where it is needed, and
-// not kept in registers from one turn of a loop to the next.
+// The value, as one that the compiler cannot foresee: what is computed from it is computed again where it is needed,
+// and not kept in registers from one turn of a loop to the next.
 DEVICE int anew(int value) {
 #if MEGALODON_NVCC
   asm volatile("" : "+r"(value));
