@@ -25,7 +25,9 @@ struct FftConvCudaPlan {
     return 8 * butterflies(backward, stat) * most_threads(backward, stat);
   }
   static constexpr int64_t block_points(int64_t stat) { return (int64_t{1} << 15) / stat; }  // 64 KiB
+  // Of a block's tree, and of a pass above the subtrees, however many these are.
   static constexpr int kLeastLevels = 4, kMostOuterLevels = 11;
+  static_assert(kMostOuterLevels + 1 >= 2 * kLeastLevels);
   static constexpr int64_t kMostWidth = 6, kSplitWidth = 3;
   static constexpr int64_t kLeastSubtree = 1024;  // points
   static constexpr int64_t kProcessors = 132, kThreadsEach = 1024;

@@ -4,186 +4,39 @@
 //           that does not wrap around (core/fft.cuh; ops/fft_conv.h).
 // Layout    x, y, dy, dx [B, L, D] as they are; k, dk [D, L] stat; all compact. A group of C neighbouring channels lies
 //           side by side at every step, in shared memory and in the workspace.
-// Mapping   whole (H <= 8192, backward 4096; float64 2048): a block owns a group of channels and a part of the batch.
-//           It transforms the group's kernels once and keeps their points in registers; row after row it reads x into
-//           the root pass, passes through shared memory, multiplies at the leaves in registers on the way from the last
-//           pass to the first of the inverse, and writes y out of the root's inverse. Backward x and the reversed dy
-//           are two such arrays; the points of dk are summed up in registers, row by row.
+// Mapping   whole (H <= 8192, backward 4096; float64 2048 and 1024): a block owns a group of channels and a part of the
+//           batch (fft_conv_block.cuh). It transforms the group's kernels once and keeps their points in registers; row
+//           after row it reads x into the root pass, passes through shared memory, multiplies at the leaves in
+//           registers on the way from the last pass to the first of the inverse, and writes y out of the root's
+//           inverse. Backward, x and the reversed dy are two such arrays; the points of dk are summed up in registers.
 //           split (longer): the first levels of the tree are passes of blocks that own a few neighbouring columns, from
-//           x to the workspace; then a block per subtree does what it does for the whole, in place; then back. Channel
-//           groups and rows are worked on in slices of 256 MiB.
-// Traffic   whole: per element x and y once (backward x, dy, dx), in runs of C channels (C = 2 to 64: below 8 the
-//           second-level cache moves whole sectors for parts of them), and 16 bytes of shared memory per point and pass
-//           but the root's, 2 ceil(m / 3) passes (backward 3): shared memory and arithmetic are the limits expected.
-//           Constants: 32 bytes per butterfly (float), 2 H numbers in all. split: besides, 32 bytes per point and row
-//           for x forward and 48 backward, half of it for every kernel.
-//           Workspace: 8 H bytes (float64: 16 H) of constants; whole backward, with several parts, parts D L sums;
-//           split, at most 256 MiB, or two arrays of 8 H C bytes (backward four) if these are more.
+//           x to the workspace (fft_conv_outer.cuh); then a block per subtree does what it does for the whole, in
+//           place; then back. Channel groups and rows are worked on in slices.
+// Traffic   whole: x and y once (backward x, dy, dx), in runs of C channels, 2 to 64: the longer the row, the fewer
+//           fit, and below 32 bytes the second-level cache moves more than is used. 2 ceil(m / 3) passes (backward 3
+//           ceil(m / 3)) of 16 bytes of shared memory per point, half of it for the root's: that and arithmetic, about
+//           10 m operations per point forward, are the limits expected. split: besides, per point 8 bytes (float64 16)
+//           written and read twice, for x (backward for dy, and once for x), and for every slice of k.
+//           Workspace: 2 H numbers of constants; whole backward, where there are several parts of the batch, D L
+//           numbers for each (at most about 132 * 1024 * 16 L / H in all, or two parts); split, up to 256 MiB, but for
+//           at least one channel group and row, two arrays (backward four) of at most 256 MiB each, or of one channel.
 // Numerics  constants made in double; arithmetic in stat. A transform spreads rounding over its row: y_t depends on
 //           later x by rounding alone, at the scale of the row's largest values. dk is summed over the rows of a part
 //           in order, then over parts in order: deterministic. Subnormal numbers are kept.
 // Limits    a NaN or inf spreads over its row and channel, backwards in time too. Lengths just above a power of two
 //           cost as much as the next one. D below C wastes threads. Any L whose arrays fit in memory.
-#include "core/fft.cuh"
 #include "core/reduce.cuh"
 #include "ops/fft_conv.h"
+#include "ops/fft_conv_block.cuh"
+#include "ops/fft_conv_outer.cuh"
 
 namespace megalodon::cuda {
 namespace {
 
-constexpr int kOuterThreads = 256;
-
-template <class A>
-constexpr int kForwardEach = FftConvCudaPlan::butterflies(false, sizeof(A));
-template <class A>
-constexpr int kBackwardEach = FftConvCudaPlan::butterflies(true, sizeof(A));
 template <class A>
 constexpr int kForwardThreads = FftConvCudaPlan::most_threads(false, sizeof(A));
 template <class A>
 constexpr int kBackwardThreads = FftConvCudaPlan::most_threads(true, sizeof(A));
-static_assert(kLeastFftLevels == FftConvCudaPlan::kLeastLevels);
-
-// ---- where points come from and go to -------------------------------------------------------------------------------
-
-// Real steps of channels; what does not exist is 0, and not written.
-template <class T>
-struct Steps {
-  using A = stat_t<std::remove_const_t<T>>;
-  T* first;                    // step 0 of channel 0 of row 0
-  int64_t row, time, channel;  // distances
-  int64_t L, D;
-
-  // The steps t + m 2^log_distance, m = 0 .. 7. Registers are few: the address goes along.
-  DEVICE void read(int64_t b, int64_t d, int64_t t, int log_distance, Point<A> (&v)[8]) const {
-    const T* from = first + b * row + d * channel + t * time;
-    const int64_t stride = time * (int64_t{1} << log_distance);
-    const int last = last_of(d, t, log_distance);
-    UNROLL
-    for (int m = 0; m < 8; ++m) {
-      v[m] = {m <= last ? widen(*from) : A(0), A(0)};
-      from += stride;
-    }
-  }
-  DEVICE void write(int64_t b, int64_t d, int64_t t, int log_distance, const Point<A> (&v)[8]) const {
-    T* to = first + b * row + d * channel + t * time;
-    const int64_t stride = time * (int64_t{1} << log_distance);
-    const int last = last_of(d, t, log_distance);
-    UNROLL
-    for (int m = 0; m < 8; ++m) {
-      if (m <= last) *to = narrow<T>(v[m].re);
-      to += stride;
-    }
-  }
-  // The last of them that exists, or less than 0.
-  DEVICE int last_of(int64_t d, int64_t t, int log_distance) const {
-    const int64_t last = d < D ? (L - 1 - t) >> log_distance : -1;
-    return static_cast<int>(last < 7 ? last < 0 ? -1 : last : 7);
-  }
-};
-
-template <class T>
-Steps<T> steps_of(T* x, int64_t L, int64_t D) {  // of [B, L, D]
-  return {x, L * D, D, 1, L, D};
-}
-template <class A>
-Steps<A> kernel_steps_of(A* k, int64_t L, int64_t D) {  // of [D, L], or several of them
-  return {k, D * L, 1, L, L, D};
-}
-template <class T>
-Steps<T> reversed(const Steps<T>& steps) {
-  return {steps.first + (steps.L - 1) * steps.time, steps.row, -steps.time, steps.channel, steps.L, steps.D};
-}
-
-template <class A, class Index>
-DEVICE void read_points(const Point<A>* from, Index index, Index distance, Point<A> (&v)[8]) {
-  UNROLL
-  for (Index m = 0; m < 8; ++m) v[m] = from[index + m * distance];
-}
-template <class A, class Index>
-DEVICE void write_points(Point<A>* to, Index index, Index distance, const Point<A> (&v)[8]) {
-  UNROLL
-  for (Index m = 0; m < 8; ++m) to[index + m * distance] = v[m];
-}
-
-// ---- a block's convolutions -----------------------------------------------------------------------------------------
-
-// The transform of the kernel, times scale.
-template <bool kReal, class A, int kEach, class Read>
-DEVICE void transform_kernel(const BlockFft<A, kEach>& fft, A scale, Read&& read, Point<A> (&k)[kEach][8]) {
-  fft.template split_root<kReal>(0, read);
-  fft.split_middle();
-  fft.for_leaves([&](int i, int, const auto& leaf) {
-    leaf.get(fft.z, k[i]);
-    split_node(k[i], leaf.w);
-    UNROLL
-    for (int m = 0; m < 8; ++m) k[i][m] = scale * k[i][m];
-  });
-  sync_block();  // all of it has been read
-}
-
-// read_kernel(index, v), read(b, index, v), write(b, index, v): as BlockFft's. kReal: what is read is.
-template <bool kReal, class A, int kEach, class ReadKernel, class Read, class Write>
-DEVICE void convolve(const BlockFft<A, kEach>& fft, const Parts& rows, int64_t part, A scale, ReadKernel&& read_kernel,
-                     Read&& read, Write&& write) {
-  Point<A> k[kEach][8];
-  transform_kernel<kReal>(fft, scale, read_kernel, k);
-  const int64_t end = rows.end(part);
-  for (int64_t b = rows.begin(part); b < end; ++b) {
-    fft.template split_root<kReal>(0, [&](int index, Point<A>(&v)[8]) { read(b, index, v); });
-    fft.split_middle();
-    fft.for_leaves([&](int i, int, const auto& leaf) {
-      Point<A> v[8];
-      leaf.get(fft.z, v);
-      split_node(v, leaf.w);
-      UNROLL
-      for (int m = 0; m < 8; ++m) v[m] = v[m] * k[i][m];
-      join_node(v, leaf.w);
-      leaf.put(fft.z, v);
-    });
-    fft.join_middle();
-    fft.join_root(0, [&](int index, const Point<A>(&v)[8]) { write(b, index, v); });
-  }
-}
-
-// Array 0 holds r, the reversed dy, and what becomes of it; array 1 holds x.
-template <bool kReal, class A, int kEach, class ReadKernel, class ReadR, class ReadX, class WriteX, class WriteKernel>
-DEVICE void convolve_backward(const BlockFft<A, kEach>& fft, const Parts& rows, int64_t part, A scale,
-                              ReadKernel&& read_kernel, ReadR&& read_r, ReadX&& read_x, WriteX&& write_dx,
-                              WriteKernel&& write_dk) {
-  Point<A> k[kEach][8], sum[kEach][8] = {};
-  transform_kernel<kReal>(fft, scale, read_kernel, k);
-  const int64_t end = rows.end(part);
-  for (int64_t b = rows.begin(part); b < end; ++b) {
-    fft.template split_root<kReal>(0, [&](int index, Point<A>(&v)[8]) { read_r(b, index, v); });
-    fft.template split_root<kReal>(1, [&](int index, Point<A>(&v)[8]) { read_x(b, index, v); });
-    fft.template split_middle<2>();
-    fft.for_leaves([&](int i, int, const auto& leaf) {
-      Point<A> v[8], x[8];
-      leaf.get(fft.z + fft.points(), x);
-      split_node(x, leaf.w);
-      leaf.get(fft.z, v);
-      split_node(v, leaf.w);
-      UNROLL
-      for (int m = 0; m < 8; ++m) {
-        sum[i][m] = sum[i][m] + v[m] * x[m];
-        v[m] = v[m] * k[i][m];
-      }
-      join_node(v, leaf.w);
-      leaf.put(fft.z, v);
-    });
-    fft.join_middle();
-    fft.join_root(0, [&](int index, const Point<A>(&v)[8]) { write_dx(b, index, v); });
-  }
-  sync_block();  // the last row has been read
-  fft.for_leaves([&](int i, int, const auto& leaf) {
-    UNROLL
-    for (int m = 0; m < 8; ++m) sum[i][m] = scale * sum[i][m];
-    join_node(sum[i], leaf.w);
-    leaf.put(fft.z, sum[i]);
-  });
-  fft.join_middle();
-  fft.join_root(0, write_dk);
-}
 
 // ---- whole: from and to the tensors ---------------------------------------------------------------------------------
 
@@ -305,109 +158,6 @@ __global__ void __launch_bounds__(kBackwardThreads<A>, 1) fft_conv_inner_backwar
         for (int m = 0; m < 8; ++m) sum[m] = sum[m] + v[m];
         args.write(args.dk, 0, i, sum);
       });
-}
-
-// ---- split: the levels above the subtrees ---------------------------------------------------------------------------
-
-// A pass of the nodes `depth` levels below the root, `pass` levels of the tree, for 2^columns columns of a node (a
-// column: a channel at every so many steps).
-template <class T>
-struct OuterArgs {
-  using A = stat_t<std::remove_const_t<T>>;
-  const A* table;
-  int levels, width;  // of the whole tree
-  int depth, pass, columns;
-  int64_t groups;        // of the slice
-  int64_t row, channel;  // its first row and channel
-  Steps<T> steps;        // at the root
-  Point<A>* points;      // [rows, groups, H, C]
-};
-
-template <class T>
-struct OuterBlock {
-  using A = stat_t<std::remove_const_t<T>>;
-  const OuterArgs<T>& args;
-  int log_distance;  // between the steps of a column
-  int64_t b, channel, node, column;
-  Point<A>* first;  // of the node's points
-
-  DEVICE explicit OuterBlock(const OuterArgs<T>& args) : args(args) {
-    log_distance = args.levels - args.depth - args.pass;
-    const int log_tiles = log_distance + args.width - args.columns;
-    const int64_t block = blockIdx.x;
-    const int64_t group = (block >> (log_tiles + args.depth)) % args.groups;
-    b = (block >> (log_tiles + args.depth)) / args.groups;
-    channel = args.channel + (group << args.width);
-    node = (block >> log_tiles) & ((int64_t{1} << args.depth) - 1);
-    column = (block & ((int64_t{1} << log_tiles) - 1)) << args.columns;
-    const int64_t row_points = (b * args.groups + group) << args.levels;
-    first = args.points + ((row_points + (node << (args.levels - args.depth))) << args.width);
-  }
-  DEVICE BlockFft<A, kForwardEach<A>> fft(Point<A>* z) const {
-    return {z, args.table, (int64_t{1} << args.depth) + node, args.pass, args.columns};
-  }
-  // The column of a butterfly, and its point `step` of that column.
-  DEVICE int64_t column_of(int index) const { return column + (index & ((1 << args.columns) - 1)); }
-  DEVICE Point<A>* point(int index, int step) const {
-    return first + ((static_cast<int64_t>(step) << (log_distance + args.width)) + column_of(index));
-  }
-  DEVICE int root_step(int index) const { return index >> args.columns; }
-  DEVICE int leaf_step(int index) const { return 8 * root_step(index); }
-  DEVICE int64_t root_distance() const { return int64_t{1} << (args.pass - 3 + log_distance + args.width); }
-  DEVICE int64_t leaf_distance() const { return int64_t{1} << (log_distance + args.width); }
-  // For Steps: of a butterfly of the root.
-  DEVICE int64_t channel_of(int index) const { return channel + (column_of(index) & ((int64_t{1} << args.width) - 1)); }
-  DEVICE int64_t time_of(int index) const {
-    return (static_cast<int64_t>(root_step(index)) << log_distance) + (column_of(index) >> args.width);
-  }
-  DEVICE int log_time_distance() const { return args.pass - 3 + log_distance; }
-};
-
-// From the steps (at the root), or in place.
-template <class T>
-__global__ void __launch_bounds__(kOuterThreads, 2) fft_conv_outer_kernel(OuterArgs<const T> args) {
-  using A = stat_t<T>;
-  DYNAMIC_SHARED(Point<A>, z);
-  const OuterBlock<const T> block(args);
-  const auto fft = block.fft(z);
-  if (args.depth == 0) {
-    fft.template split_root<true>(0, [&](int i, Point<A>(&v)[8]) {
-      args.steps.read(args.row + block.b, block.channel_of(i), block.time_of(i), block.log_time_distance(), v);
-    });
-  } else {
-    fft.template split_root<false>(0, [&](int i, Point<A>(&v)[8]) {
-      read_points<A>(block.point(i, block.root_step(i)), int64_t{0}, block.root_distance(), v);
-    });
-  }
-  fft.split_middle();
-  fft.for_leaves([&](int, int i, const auto& leaf) {
-    Point<A> v[8];
-    leaf.get(z, v);
-    split_node(v, leaf.w);
-    write_points(block.point(i, block.leaf_step(i)), int64_t{0}, block.leaf_distance(), v);
-  });
-}
-
-template <class T>
-__global__ void __launch_bounds__(kOuterThreads, 2) fft_conv_outer_inverse_kernel(OuterArgs<T> args) {
-  using A = stat_t<T>;
-  DYNAMIC_SHARED(Point<A>, z);
-  const OuterBlock<T> block(args);
-  const auto fft = block.fft(z);
-  fft.for_leaves([&](int, int i, const auto& leaf) {
-    Point<A> v[8];
-    read_points<A>(block.point(i, block.leaf_step(i)), int64_t{0}, block.leaf_distance(), v);
-    join_node(v, leaf.w);
-    leaf.put(z, v);
-  });
-  fft.join_middle();
-  fft.join_root(0, [&](int i, const Point<A>(&v)[8]) {
-    if (args.depth == 0) {
-      args.steps.write(args.row + block.b, block.channel_of(i), block.time_of(i), block.log_time_distance(), v);
-    } else {
-      write_points(block.point(i, block.root_step(i)), int64_t{0}, block.root_distance(), v);
-    }
-  });
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
