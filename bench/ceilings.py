@@ -29,25 +29,25 @@ def median_ms(call: Callable[[], Any]) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
-def _normal(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
+def _normal(device: torch.device, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_()
 
 
-def _copy_ms() -> float:
-    source = _normal(COPIED)
+def _copy_ms(device: torch.device) -> float:
+    source = _normal(device, COPIED)
     target = torch.empty_like(source)
     return median_ms(lambda: target.copy_(source))
 
 
-def _gemm_ms() -> float:
-    a, b = _normal(GEMM, GEMM), _normal(GEMM, GEMM)
+def _gemm_ms(device: torch.device) -> float:
+    a, b = (_normal(device, GEMM, GEMM) for _ in range(2))
     product = torch.empty_like(a)
     return median_ms(lambda: torch.mm(a, b, out=product))
 
 
-def ceilings() -> dict[str, float]:
+def ceilings(device: torch.device) -> dict[str, float]:
     """Measured now; frees what it took."""
-    copy, gemm = _copy_ms(), _gemm_ms()
+    copy, gemm = _copy_ms(device), _gemm_ms(device)
     torch.cuda.empty_cache()
     nbytes = 2 * 2 * COPIED  # read and written
     return {
@@ -57,4 +57,4 @@ def ceilings() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(ceilings()))
+    print(json.dumps(ceilings(torch.device("cuda"))))

@@ -56,7 +56,7 @@ def _threads(request: pytest.FixtureRequest) -> Any:
     torch.set_num_threads(before)
     if len(rows) > count:  # a run that is cut off has what it has measured
         _save(request.config)
-    if harness.device.type == "cuda":
+    if harness.device.type != "cpu":
         gc.collect()  # graphs hold their memory
         torch.cuda.empty_cache()
 
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def device_name() -> str:
     """The model of the device that ops are timed on, as the system calls it."""
-    if harness.device.type == "cuda":
+    if harness.device.type != "cpu":
         return torch.cuda.get_device_name()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -124,7 +124,7 @@ def _ceilings() -> dict[str, Any]:
         return {}
     from ceilings import ceilings
 
-    return {"ceilings": ceilings()}
+    return {"ceilings": ceilings(harness.device)}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

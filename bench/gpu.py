@@ -125,7 +125,7 @@ def verify_at_size(what: str, call: Callable[[], Any]) -> None:
     """
     first = _tensors(call())
     shapes = [(t.shape, t.dtype) for t in first if t.is_floating_point()]
-    poison = [torch.full(s, float("nan"), dtype=d, device="cuda") for s, d in shapes]
+    poison = [torch.full(s, float("nan"), dtype=d, device=first[0].device) for s, d in shapes]
     del poison  # its memory is what the next outputs get
     for a, b in zip(first, _tensors(call()), strict=True):
         assert torch.equal(a, b), f"{what}: two runs differ, or an output was not written"

@@ -85,7 +85,7 @@ def interleave(
     candidates: dict[str, Callable[[], Any]], rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
     """Milliseconds per call, one entry per round; every round runs all candidates in turn."""
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
     timer, rounds = (gpu.time_ms, max(rounds, gpu.ROUNDS)) if on_gpu else (_time, rounds)
     repeats = {}
     for name, call in candidates.items():
@@ -168,19 +168,19 @@ def measure(
     ``floor`` is "clone" (bytes) or "fma" (FLOPs) of the op's cost model; with the backward pass
     that of forward plus twice the forward. ``peers`` take the same arguments as the op.
     """
+    cost = op.cost(*args)  # of some ops of the values
     args, small_args = _moved(args), _moved(small_args)
     dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
     error = relative_error(op, small_args)
     assert error <= BOUNDS[dtype], f"{op.name}: wrong before it is fast: relative error {error:.2e}"
 
-    cost = op.cost(*args)
     factor = 2.5 if backward and floor == "clone" else 3 if backward else 1
     floor_call = (
         clone_floor(int(cost.bytes * factor))
         if floor == "clone"
         else fma_floor(int(cost.flops * factor))
     )
-    if device.type == "cuda":
+    if device.type != "cpu":
         gpu.verify_at_size(op.name, _one_call(op.overload, _clones(args), backward))
     candidates = {
         "ours": _runner(op.overload, args, backward),
@@ -239,7 +239,7 @@ def _peers(
 
 
 def _runner(function: Callable[..., Any], args: Sequence[Any], backward: bool) -> Callable[[], Any]:
-    if device.type == "cuda":
+    if device.type != "cpu":
         return gpu.rotating(lambda copy: _one_call(function, copy, backward), args)
     return _one_call(function, args, backward)
 

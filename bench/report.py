@@ -25,12 +25,16 @@ one day.
 *% of floor*: the time of the floor over ours. The floor of `clone` is a copy of as many bytes as
 the op has to move; of `fma` a multiplication of small matrices with as many FLOPs as the op has to
 do, three times those of forward for forward+backward. *Ratio*: time of the best peer over ours.
-*A/A*: ours against ours, the noise of a ratio.
+*A/A*: ours against ours, the noise of a ratio. On a GPU: replays of graphs between events, over
+inputs that are not in the cache (`bench/gpu.py`); the floor of `fma` is then a bfloat16 GEMM.
 """
 
 COLUMNS = (
     "| op | shape | dtype | pass | ours ms | floor | % of floor | best peer | ratio | A/A | error |"
 )
+RULE = "|---|---|---|---|--:|---|--:|---|--:|--:|--:|"
+ALL_OPS = [op.name for op in registry]
+CUDA_OPS = [op for op in ALL_OPS if (ROOT / "cuda" / "ops" / f"{op}.cu").exists()]
 
 
 def _row(row: dict[str, Any]) -> str:
@@ -40,7 +44,12 @@ def _row(row: dict[str, Any]) -> str:
         row["shape"],
         row["dtype"],
         row["direction"],
-        f"{row['ours_ms']:.3g}",
+        f"{row['ours_ms']:.3g}"
+        + (
+            f" ({row['ours_p10_ms']:.3g}-{row['ours_p90_ms']:.3g})"
+            if row.get("ours_p10_ms")
+            else ""
+        ),
         row["floor"],
         f"{100 * row['floor_ratio']:.0f}",
         row["peer"],
@@ -51,19 +60,27 @@ def _row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _not_yet(op: str) -> str:
+    return f"| `{op}` | not yet measured | | | | | | | | | |"
+
+
 def _section(document: dict[str, Any]) -> str:
     threads = sorted({row["threads"] for row in document["rows"]})
-    missing = [op.name for op in registry if op.name not in {r["op"] for r in document["rows"]}]
+    on_gpu = any(row.get("device_type") == "cuda" for row in document["rows"])
+    measured = {row["op"] for row in document["rows"]}
+    missing = [op for op in (CUDA_OPS if on_gpu else ALL_OPS) if op not in measured]
+    ceilings = document.get("ceilings", {})
     lines = [
         f"## {document['device']}",
         "",
         f"{document['date']}, commit {document['commit']}, torch {document['torch']}, "
-        f"threads: {', '.join(map(str, threads))} of {document['cores']} cores.",
+        f"threads: {', '.join(map(str, threads))} of {document['cores']} cores."
+        + "".join(f" {name}: {value}." for name, value in ceilings.items()),
         "",
         COLUMNS,
-        "|---|---|---|---|--:|---|--:|---|--:|--:|--:|",
+        RULE,
         *map(_row, document["rows"]),
-        *(f"| `{name}` | not yet measured | | | | | | | | | |" for name in missing),
+        *map(_not_yet, missing),
     ]
     return "\n".join(lines) + "\n"
 
@@ -75,8 +92,12 @@ def report() -> str:
     gpus = [d for d in benches if any(r.get("device_type") == "cuda" for r in d["rows"])]
     sections = [HEAD, *map(_section, benches)]
     if not gpus:
-        names = ", ".join(f"`{op.name}`" for op in registry)
-        sections.append(f"## CUDA\n\nNot yet measured, none of {names}.\n")
+        lines = ["## CUDA", "", "No kernel has run on a GPU yet.", "", COLUMNS, RULE]
+        lines += map(_not_yet, CUDA_OPS)
+        rest = ", ".join(f"`{op}`" for op in ALL_OPS if op not in CUDA_OPS)
+        if rest:
+            lines += ["", f"Without a CUDA kernel: {rest}."]
+        sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)
 
 

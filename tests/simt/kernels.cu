@@ -38,13 +38,16 @@ __global__ void row_sum_kernel(const float* x, float* sums, float* scaled, int c
   value = lane < kWarps ? partial[lane] : 0.0f;
   if (kBug == Bug::kDivergentShuffle) {
     if (lane < 16) value = warp_sum(value);
+  } else if (kBug == Bug::kMismatchedOperations) {
+    value = lane < 16 ? shuffle_xor(value, 1) : shuffle(value, lane);
   } else {
     value = warp_sum(value);
   }
   if (threadIdx.x == 0) sums[blockIdx.x] = value;
-  for (int i = static_cast<int>(threadIdx.x); i < columns; i += kThreads) {
+  const int last = kBug == Bug::kGlobalOutOfBounds ? columns + 1 : columns;
+  for (int i = static_cast<int>(threadIdx.x); i < last; i += kThreads) {
     const int64_t row_bytes = kBug == Bug::kOverlappingOutputs ? columns - 1 : columns;
-    scaled[blockIdx.x * row_bytes + i] = row[i] * value;
+    scaled[blockIdx.x * row_bytes + i] = (i < columns ? row[i] : 0) * value;
   }
 }
 
@@ -81,7 +84,9 @@ __global__ void scan_kernel(const uint32_t* x, uint32_t* y, uint64_t* states, ui
     total += sums[w];
   }
   if (warp == 0) {
-    if (lane == 0) store_release(&states[tile], (tile == 0 ? kPrefix : kAggregate) | total);
+    const uint64_t first_state = (tile == 0 ? kPrefix : kAggregate) | total;
+    if (lane == 0 && kBug == Bug::kMissingRelease) states[tile] = first_state;
+    if (lane == 0 && kBug != Bug::kMissingRelease) store_release(&states[tile], first_state);
     uint32_t prefix = 0;
     for (int last = tile - 1; last >= 0; last -= 32) {
       uint64_t state;
@@ -119,7 +124,7 @@ __global__ void pipeline_kernel(const float* x, float* y, int tiles) {
   for (int tile = 0; tile < tiles; ++tile) {
     if (tile + 1 < tiles) {
       fetch(tile + 1);
-      async_wait<1>();
+      async_wait<kBug == Bug::kShortAsyncWait ? 2 : 1>();
     } else if (kBug != Bug::kMissingAsyncWait) {
       async_wait<0>();
     }
@@ -252,20 +257,21 @@ static void with_bug(Bug bug, Choose&& choose) {
 
 void row_sum(Bug bug, const float* x, float* sums, float* scaled, int rows, int columns) {
   with_bug<Bug::kNone, Bug::kMissingMask, Bug::kSharedOutOfBounds, Bug::kDivergentBarrier, Bug::kMissingBarrier,
-           Bug::kDivergentShuffle, Bug::kOverlappingOutputs>(bug, [&](auto kBug) {
-    launch({"row_sum", dim3(rows), dim3(kThreads)}, row_sum_kernel<kBug()>, x, sums, scaled, columns);
-  });
+           Bug::kDivergentShuffle, Bug::kOverlappingOutputs, Bug::kMismatchedOperations, Bug::kGlobalOutOfBounds>(
+      bug, [&](auto kBug) {
+        launch({"row_sum", dim3(rows), dim3(kThreads)}, row_sum_kernel<kBug()>, x, sums, scaled, columns);
+      });
 }
 
 void scan(Bug bug, const uint32_t* x, uint32_t* y, uint64_t* states, uint32_t* ticket, int length) {
-  with_bug<Bug::kNone, Bug::kBlockOrder, Bug::kMissingBarrier>(bug, [&](auto kBug) {
+  with_bug<Bug::kNone, Bug::kBlockOrder, Bug::kMissingBarrier, Bug::kMissingRelease>(bug, [&](auto kBug) {
     launch({"scan", dim3((length + kThreads - 1) / kThreads), dim3(kThreads)}, scan_kernel<kBug()>, x, y, states,
            ticket, length);
   });
 }
 
 void pipeline(Bug bug, const float* x, float* y, int tiles) {
-  with_bug<Bug::kNone, Bug::kMissingAsyncWait, Bug::kMissingBarrier>(
+  with_bug<Bug::kNone, Bug::kMissingAsyncWait, Bug::kMissingBarrier, Bug::kShortAsyncWait>(
       bug, [&](auto kBug) { launch({"pipeline", dim3(1), dim3(kThreads)}, pipeline_kernel<kBug()>, x, y, tiles); });
 }
 

@@ -21,6 +21,10 @@ enum class Bug {
   kWrongMask,
   kSwappedFragments,
   kDivergentMatrix,
+  kMismatchedOperations,
+  kGlobalOutOfBounds,
+  kMissingRelease,
+  kShortAsyncWait,
 };
 
 void row_sum(Bug bug, const float* x, float* sums, float* scaled, int rows, int columns);

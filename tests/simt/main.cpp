@@ -139,7 +139,11 @@ const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"deadlock", Bug::kDeadlock},
                                           {"wrong_mask", Bug::kWrongMask},
                                           {"swapped_fragments", Bug::kSwappedFragments},
-                                          {"divergent_matrix", Bug::kDivergentMatrix}};
+                                          {"divergent_matrix", Bug::kDivergentMatrix},
+                                          {"mismatched_operations", Bug::kMismatchedOperations},
+                                          {"global_out_of_bounds", Bug::kGlobalOutOfBounds},
+                                          {"missing_release", Bug::kMissingRelease},
+                                          {"short_async_wait", Bug::kShortAsyncWait}};
 
 }  // namespace
 
