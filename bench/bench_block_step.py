@@ -41,7 +41,7 @@ class _Modules:
     def __call__(self, x: Any, k: Any, v: Any, *rest: Any) -> Any:
         count, mean, var, h, position = rest[:5]
         state = LayerState(k, v, TimestepNormState(count, mean, var), h)
-        return self.block.to(x.dtype)(x[:, None], state, position, True, True)[0]
+        return self.block.to(x.device, x.dtype)(x[:, None], state, position, True, True)[0]
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
