@@ -23,7 +23,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND = os.environ.get("MEGALODON_TEST_BACKEND", "")
 SIMT_BUILD = Path(os.environ.get("MEGALODON_SIMT_BUILD", ROOT / "build-simt"))
-CUDA_OPS = sorted(path.stem for path in ROOT.glob("cuda/ops/*.cu"))
+# Without a room's further files, such as cema_mma.cu.
+CUDA_OPS = sorted(
+    path.stem
+    for path in ROOT.glob("cuda/ops/*.cu")
+    if (ROOT / "python/megalodon_ops/ops" / f"{path.stem}.py").exists()
+)
 # The ops whose tests run, where not all: gpu_check.py has a process per op.
 ONLY = os.environ.get("MEGALODON_TEST_OPS", "").split()
 # For tests of the elements of a tensor: a call does not wait for the GPU to read them.

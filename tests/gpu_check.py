@@ -38,7 +38,13 @@ from gpu_commands import ROOT, Result, command, kept, pytest, side_by_side, stop
 
 BUILD = ROOT / "build-gpu"
 RESULTS = Path(os.environ.get("OUT") or ROOT / "bench" / "results").resolve()
-OPS = sorted(path.stem for path in ROOT.glob("cuda/ops/*.cu"))
+
+# A room's further files, such as cema_mma.cu, are no ops of their own.
+OPS = sorted(
+    path.stem
+    for path in ROOT.glob("cuda/ops/*.cu")
+    if (ROOT / "python/megalodon_ops/ops" / f"{path.stem}.py").exists()
+)
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SOURCES = ("cpp", "cuda", "python/megalodon_ops", "tests", "bench")
 
@@ -88,12 +94,19 @@ def conformance(result: Result, limit: float) -> None:
     result.update(kept(command(sys.executable, "tests/conformance/check.py", program, limit=limit)))
 
 
+def own_tests(op: str) -> list[str]:
+    """test_{op}.py and test_{op}_*.py, but for those of an op whose name begins alike."""
+    files = sorted((ROOT / "tests").glob(f"test_{op}*.py"))
+    names = [file.stem.removeprefix("test_") for file in files]
+    rooms = [max((o for o in OPS if f"{name}_".startswith(f"{o}_")), key=len) for name in names]
+    return [f"tests/test_{n}.py" for n, room in zip(names, rooms, strict=True) if room == op]
+
+
 def test(result: Result, limit: float) -> None:
     end = time.monotonic() + limit
 
     def run(op: str) -> dict[str, Any]:
-        own = ROOT / "tests" / f"test_{op}.py"
-        files = ["tests/test_ops.py", *([own.relative_to(ROOT)] if own.exists() else [])]
+        files = ["tests/test_ops.py", *own_tests(op)]
         environment = {"MEGALODON_TEST_BACKEND": "cuda", "MEGALODON_TEST_OPS": op, "ECHO": "0"}
         environment["OMP_NUM_THREADS"] = "2"
         return pytest(*files, limit=end - time.monotonic(), **environment)

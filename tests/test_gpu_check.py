@@ -15,6 +15,7 @@ import gpu_check
 import gpu_commands
 import pytest
 import torch
+from backend import CUDA_OPS
 from gpu_commands import ROOT, command
 
 Result = dict[str, Any]
@@ -204,3 +205,16 @@ def test_every_part_asks_for_files_and_options_that_exist(
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
         done = subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_test_of_a_room_runs_with_its_op() -> None:
+    assert gpu_check.OPS == CUDA_OPS
+    assert gpu_check.own_tests("cema") == [
+        "tests/test_cema.py",
+        "tests/test_cema_fft.py",
+        "tests/test_cema_mma.py",
+    ]
+    assert gpu_check.own_tests("cema_kernel") == ["tests/test_cema_kernel.py"]
+    step = gpu_check.own_tests("chunk_attention_step")
+    assert step == ["tests/test_chunk_attention_step.py"]
+    assert not set(step) & set(gpu_check.own_tests("chunk_attention"))
