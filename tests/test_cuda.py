@@ -13,6 +13,7 @@ import pytest
 import torch
 from backend import CUDA_OPS, ONLY
 from checks import DTYPES, as_tuple, assert_close, copies, cotangents_of, gradients, to_float64
+from small_model import random_tokens, small_model
 from torch import Tensor
 
 from megalodon_ops import _C, registry
@@ -333,3 +334,19 @@ def test_cupy_without_torch() -> None:
         env={**os.environ, "MEGALODON_TORCH": "0"},
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.skipif(bool(ONLY) and "block_step" not in ONLY, reason="a test of the whole model")
+def test_decoder_replays_a_graph(dtype: torch.dtype) -> None:
+    model = small_model(dtype=dtype).cuda()
+    tokens = random_tokens(2, 25).cuda()
+    with torch.no_grad():
+        _, state = model(tokens[:, :5], return_state=True)
+        other = state.clone()
+        decoder = model.decoder(state)
+        assert decoder.prepared == "graph"
+        for step in tokens[:, 5:].split(1, dim=1):
+            torch.testing.assert_close(decoder(step), model(step, other, inplace_state=True))
+    for a, b in zip(state.tensors().values(), other.tensors().values(), strict=True):
+        torch.testing.assert_close(a, b)

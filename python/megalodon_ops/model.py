@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig
+from .decoding import Decoder
 from .functional import TimestepNormState
 from .nn import Block, TimestepNorm
 from .nn.init import Embedding, OutputLinear
@@ -160,7 +161,7 @@ class Megalodon(nn.Module):
                 or config differ; inplace_state without a state, or while gradients are recorded.
             IndexError: a token is out of range (tokens on the CPU, not while compiling).
         """
-        self._check(tokens, state, inplace_state)
+        self.check(tokens, state, inplace_state)
         make_state = return_state or inplace_state
         position = None if state is None else state.position
 
@@ -199,6 +200,14 @@ class Megalodon(nn.Module):
             )
         return (logits, new_state) if return_state else logits
 
+    def decoder(self, state: MegalodonState) -> Decoder:
+        """A function of tokens (B, 1) that takes decoding steps from `state`, in place, faster.
+
+        Raises:
+            TypeError, ValueError: as `forward` does of a state.
+        """
+        return Decoder(self, state)
+
     def init_state(self, batch_size: int) -> MegalodonState:
         """The state before the first token, for `batch_size` rows, on the model's device.
 
@@ -214,7 +223,7 @@ class Megalodon(nn.Module):
             self.config, batch_size, activation_dtype(weight), weight.device
         )
 
-    def _check(self, tokens: Tensor, state: MegalodonState | None, inplace_state: bool) -> None:
+    def check(self, tokens: Tensor, state: MegalodonState | None, inplace_state: bool) -> None:
         """Validate the arguments of forward; reads token values only where that costs no sync."""
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens: wanted a torch.Tensor; got {type(tokens).__name__}")

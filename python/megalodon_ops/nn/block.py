@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .. import functional as F
 from ..config import MegalodonConfig
 from ..state import LayerState
 from .attention import MegaAttention
@@ -44,12 +45,12 @@ class Block(nn.Module):
         inplace_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """Arguments and results are those of `MegaAttention.forward`."""
-        if inplace_state and state is not None and position is not None and self._is_step(x):
+        if inplace_state and state is not None and position is not None and self.is_step(x):
             return self._step(x, state, position), state
         y, new_state = self.mega(x, state, position, return_state, inplace_state)
         return self.nffn(y, residual=x), new_state
 
-    def _is_step(self, x: Tensor) -> bool:
+    def is_step(self, x: Tensor) -> bool:
         """Whether `block_step` computes what the modules would."""
         return (
             x.shape[1] == 1
@@ -57,7 +58,7 @@ class Block(nn.Module):
             and x.device.type == "cpu"
             and not (self.training and self.any_dropout)
             and activation_dtype(x) == x.dtype
-            and all(_is_plain(module, kind) for module, kind in self._parts())
+            and all(is_plain(module, kind) for module, kind in self._parts())
         )
 
     def _parts(self) -> Iterator[tuple[nn.Module | None, type[nn.Module]]]:
@@ -72,50 +73,29 @@ class Block(nn.Module):
             yield linear, Linear
 
     def _step(self, x: Tensor, state: LayerState, position: Tensor) -> Tensor:
-        mega, nffn = self.mega, self.nffn
-        cema = mega.cema
-        y = F.block_step(
-            x[:, 0],
-            state.k_cache,
-            state.v_cache,
-            state.norm,
-            state.h,
-            position,
-            mega.timenorm.weight,
-            mega.timenorm.bias,
-            cema.alpha,
-            cema.delta,
-            cema.theta,
-            cema.gamma,
-            cema.omega,
-            mega.rmsnorm.weight,
-            mega.wv.weight,
-            mega.wv.bias,
-            mega.wz.weight,
-            mega.wz.bias,
-            mega.wr.weight,
-            mega.wr.bias,
-            mega.wh1.weight,
-            mega.wh1.bias,
-            mega.wh2.weight,
-            mega.gamma,
-            mega.beta,
-            nffn.norm.weight,
-            nffn.norm.bias,
-            nffn.fc1.weight,
-            nffn.fc2.weight,
-            None if nffn.fc3 is None else nffn.fc3.weight,
-            nffn.alpha,
-            mega.timenorm.num_groups,
-            mega.num_heads,
-            mega.chunk_size,
-            mega.rope_base,
-            mega.eps,
-        )
+        y: Tensor = torch.ops.megalodon.block_step(*self.step_arguments(x[:, 0], state, position))
         return y.unsqueeze(1)
 
+    def step_arguments(self, x: Tensor, state: LayerState, position: Tensor) -> tuple[Any, ...]:
+        """All arguments of `block_step` for x (B, D)."""
+        mega, nffn, cema = self.mega, self.nffn, self.mega.cema
+        return (
+            *(x, state.k_cache, state.v_cache, *state.norm, state.h, position),
+            *(mega.timenorm.weight, mega.timenorm.bias),
+            *(cema.alpha.squeeze(2), cema.delta.squeeze(2), cema.theta.flatten()),
+            *(cema.gamma, cema.omega.flatten()),
+            mega.rmsnorm.weight,
+            *(mega.wv.weight, mega.wv.bias, mega.wz.weight, mega.wz.bias),
+            *(mega.wr.weight, mega.wr.bias, mega.wh1.weight, mega.wh1.bias, mega.wh2.weight),
+            *(mega.gamma, mega.beta),
+            *(nffn.norm.weight, nffn.norm.bias),
+            *(nffn.fc1.weight, nffn.fc2.weight),
+            *(None if nffn.fc3 is None else nffn.fc3.weight, nffn.alpha),
+            *(mega.timenorm.num_groups, mega.num_heads, mega.chunk_size, mega.rope_base, mega.eps),
+        )
 
-def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether calling the module would run that class's forward and nothing else."""
     return module is None or (
         type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
