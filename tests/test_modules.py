@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from small_model import VOCAB, random_tokens, small_config, small_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from megalodon_ops.model import Megalodon
 from megalodon_ops.nn import CEMA, FFN, TimestepNorm
-from megalodon_ops.nn.init import init_linear_
+from megalodon_ops.nn import linear as linear_module
+from megalodon_ops.nn.init import Linear, init_linear_
 
 SENSITIVE = ("cema.", "norm", "gamma", "beta", "prior_", "rope.")
 
@@ -276,3 +278,35 @@ def test_feed_forward_adds_the_residual_it_is_given() -> None:
     network = FFN(small_config(init_mode="none"))
     y, residual = torch.randn(1, 2, 12), torch.randn(1, 2, 12)
     assert torch.equal(network(y, residual), residual)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_products_of_float32_are_the_same_numbers(bias: bool) -> None:
+    """Those take another library: values and gradients against float64, on views too."""
+    torch.manual_seed(0)
+    layer = Linear(300, 128, bias=bias, init_mode="he")
+    x = torch.randn(2, 500, 600)[..., ::2].requires_grad_()
+    dy = torch.randn(2, 500, 128)
+    assert linear_module._is_for_one_dnn(x, layer.weight)
+
+    def results(layer: torch.nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, (x, *layer.parameters()), dy.to(x.dtype))]
+
+    wide = torch.nn.Linear(300, 128, bias=bias, dtype=torch.float64)
+    wide.load_state_dict(layer.state_dict())
+    for got, want in zip(results(layer, x), results(wide, x.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-6 * want.abs().max().item())
+
+
+def test_small_traced_and_narrow_products_are_the_plain_op() -> None:
+    weight = torch.ones(256, 256)
+    large = torch.ones(1024, 256)
+    assert linear_module._is_for_one_dnn(large, weight)
+    for x in (large[:4], large.double(), large.bfloat16(), large.to("meta")):
+        assert not linear_module._is_for_one_dnn(x, weight.to(x.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear_module.linear(large, weight).dtype == torch.bfloat16
+    with FlopCounterMode(display=False) as counter:
+        linear_module.linear(large, weight)
+    assert counter.get_total_flops() == 2 * 1024 * 256 * 256

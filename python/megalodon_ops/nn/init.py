@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import INIT_MODES
+from .linear import linear
 
 
 def init_linear_(weight: Tensor, mode: str) -> Tensor:
@@ -52,6 +53,10 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
+
 
 class OutputLinear(nn.Linear):
     """The output projection (V, D): no bias, initialised like the embedding."""
@@ -61,6 +66,10 @@ class OutputLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         init_embedding_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
