@@ -17,7 +17,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from harness import lines, rows
+from harness import lines, model_rows, rows
 
 RESULTS = Path(__file__).parent / "results"
 _DEADLINE = pytest.StashKey[float]()
@@ -50,11 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _threads(request: pytest.FixtureRequest) -> Any:
     if time.monotonic() > request.config.stash[_DEADLINE]:
         pytest.skip("no time left (--seconds)")
-    before, count = torch.get_num_threads(), len(rows)
+    before, count = torch.get_num_threads(), len(rows) + len(model_rows)
     torch.set_num_threads(request.config.getoption("--threads"))
     yield
     torch.set_num_threads(before)
-    if len(rows) > count:  # a run that is cut off has what it has measured
+    if len(rows) + len(model_rows) > count:  # a run that is cut off has what it has measured
         _save(request.config)
     if harness.device.type != "cpu":
         gc.collect()  # graphs hold their memory
@@ -97,7 +97,7 @@ def _save(config: pytest.Config) -> Path | None:
         return None
     path = Path(config.getoption("--results")) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {
+    document: dict[str, Any] = {
         "device": device_name(),
         "cores": os.cpu_count(),
         "date": datetime.date.today().isoformat(),
@@ -105,16 +105,21 @@ def _save(config: pytest.Config) -> Path | None:
         "torch": torch.__version__,
         **_ceilings(),
     }
-    new = [r.as_dict() for r in rows]
     old = json.loads(path.read_text()) if path.exists() else {}
-    if (old.get("commit"), old.get("device")) == (document["commit"], document["device"]):
-        measured = {tuple(row[k] for k in KEY) for row in new}
-        new += [row for row in old["rows"] if tuple(row[k] for k in KEY) not in measured]
-    path.write_text(json.dumps({**document, "rows": new}, indent=1) + "\n")
+    if (old.get("commit"), old.get("device")) != (document["commit"], document["device"]):
+        old = {}
+    for part, key, new in (("rows", KEY, rows), ("model", MODEL_KEY, model_rows)):
+        measured = [row.as_dict() for row in new]
+        known = {tuple(row[k] for k in key) for row in measured}
+        document[part] = measured + [
+            row for row in old.get(part, []) if tuple(row[k] for k in key) not in known
+        ]
+    path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 
 
 KEY = ("op", "shape", "dtype", "direction", "threads", "device_type")
+MODEL_KEY = ("what", "dtype", "threads", "at")
 
 
 @functools.cache
@@ -131,7 +136,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     for line in ["", *lines] if lines else []:
         write(line)
-    if not rows:
+    if not (rows or model_rows):
         return
     write("")
     write(

@@ -49,7 +49,29 @@ class Row:
         return asdict(self)
 
 
+@dataclass
+class ModelRow:
+    """One measurement of the whole model, at the demo's shape.
+
+    at: L of a training step, or the position of a decoding step. kept_bytes: per token and layer,
+    from forward to backward.
+    """
+
+    what: str
+    dtype: str
+    threads: int
+    at: int
+    us_per_token: float
+    floor_ratio: float
+    error: float
+    kept_bytes: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 rows: list[Row] = []
+model_rows: list[ModelRow] = []
 lines: list[str] = []  # of benches that are no op's, printed before the table
 device = torch.device("cpu")  # where ops are timed; --device
 long_set = False  # all sizes and types on a GPU; --long

@@ -29,6 +29,12 @@ do, three times those of forward for forward+backward. *Ratio*: time of the best
 inputs that are not in the cache (`bench/gpu.py`); the floor of `fma` is then a bfloat16 GEMM.
 """
 
+MODEL_TITLE = (
+    "The model of `make demo` (3.4M parameters, B = 1, all cores; `bench/bench_model.py`): training"
+    " steps of L tokens beside the linear layers alone, forward and backward; decoding at a"
+    " position beside a copy of as many bytes as the weights have. *Bytes kept*: per token and"
+    " layer, from forward to backward."
+)
 COLUMNS = (
     "| op | shape | dtype | pass | ours ms | floor | % of floor | best peer | ratio | A/A | error |"
 )
@@ -64,6 +70,24 @@ def _not_yet(op: str) -> str:
     return f"| `{op}` | not yet measured | | | | | | | | | |"
 
 
+MODEL_COLUMNS = "| | dtype | at | us/token | tokens/s | % of floor | bytes kept | error |"
+
+
+def _model(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of the whole model."""
+    if not rows:
+        return []
+    lines = ["", MODEL_TITLE, "", MODEL_COLUMNS, "|---|---|--:|--:|--:|--:|--:|--:|"]
+    for row in sorted(rows, key=lambda r: (r["what"] != "training", r["dtype"], r["at"])):
+        kept = "" if row["kept_bytes"] is None else f"{row['kept_bytes']:.0f}"
+        lines.append(
+            f"| {row['what']} | {row['dtype']} | {row['at']} | {row['us_per_token']:.0f} | "
+            f"{1e6 / row['us_per_token']:.0f} | {100 * row['floor_ratio']:.0f} | {kept} | "
+            f"{row['error']:.1e} |"
+        )
+    return lines
+
+
 def _section(document: dict[str, Any]) -> str:
     threads = sorted({row["threads"] for row in document["rows"]})
     on_gpu = any(row.get("device_type") == "cuda" for row in document["rows"])
@@ -81,6 +105,7 @@ def _section(document: dict[str, Any]) -> str:
         RULE,
         *map(_row, document["rows"]),
         *map(_not_yet, missing),
+        *_model(document.get("model", [])),
     ]
     return "\n".join(lines) + "\n"
 
