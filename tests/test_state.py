@@ -123,9 +123,9 @@ def test_bad_files(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match=r"format: wanted 'megalodon_ops\.state'; got None"):
         MegalodonState.load(path)
-    for at in (200, len(whole) // 2, len(whole) - 1):  # in the header, in the tensors
+    for at in [*range(0, len(whole) - 1, 31), len(whole) - 1]:  # header, names, metadata, tensors
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(ValueError, match=r"damaged: its contents|truncated, or not a"):
+        with pytest.raises(ValueError, match=r"truncated, or not|(format|version): wanted|damaged"):
             MegalodonState.load(path)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="config: the state belongs to a model of config"):
