@@ -103,28 +103,37 @@ def sample(
         penalty = sampling.repetition_penalty
         penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
         scores = torch.where(seen, penalised, scores)
-    highest, best = scores.max(-1, keepdim=True)
-    if not all(map(math.isfinite, highest.view(-1).tolist())):
-        raise ValueError("the model's output is not finite; its weights are damaged")
+    highest = scores.amax(-1, keepdim=True)
+    for value in highest.view(-1).tolist():
+        if not math.isfinite(value):
+            raise ValueError("the model's output is not finite; its weights are damaged")
     if sampling.temperature == 0:
-        return [int(token) for token in best.view(-1).tolist()]
+        best: list[int] = scores.argmax(-1).tolist()
+        return best
     # Subtracting the maximum first keeps a tiny temperature from making inf - inf.
-    scores = (scores - highest) / sampling.temperature
+    scores = (scores - highest).div_(sampling.temperature)
     probabilities, tokens = torch.softmax(scores, -1).sort(descending=True, stable=True)
     if sampling.top_k:
         probabilities = probabilities[:, : sampling.top_k]
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     total = probabilities.cumsum(-1)
-    # Sorted, so that every filter keeps the first ones: only their number has to be known.
-    last = total.new_full((len(total), 1), total.shape[-1] - 1, dtype=torch.int64)
+    # The inverse of the cumulative distribution: one uniform draw a token, whatever the options.
+    draws = [torch.rand((1, 1), dtype=torch.float64, generator=g) for g in generators]
+    draw = (draws[0] if len(draws) == 1 else torch.cat(draws)).to(total.device)
+    # Sorted, so that either filter keeps the first ones: only their number has to be known.
+    kept = []
     if sampling.top_p < 1:
         # A token stays when those before it do not reach p; the first always stays.
-        last = (total - probabilities < sampling.top_p).sum(-1, keepdim=True) - 1
+        kept.append((total - probabilities < sampling.top_p).sum(-1, keepdim=True))
     if sampling.min_p > 0:
         likely = probabilities >= sampling.min_p * probabilities[:, :1]
-        last = torch.minimum(last, likely.sum(-1, keepdim=True) - 1)
-    # The inverse of the cumulative distribution: one uniform draw a token, whatever the options.
-    draws = [torch.rand((), dtype=torch.float64, generator=g) for g in generators]
-    draw = torch.stack(draws)[:, None].to(total.device) * total.gather(-1, last)
-    index = torch.minimum(torch.searchsorted(total, draw, right=True), last)
-    return [int(token) for token in tokens.gather(-1, index).view(-1).tolist()]
+        kept.append(likely.sum(-1, keepdim=True))
+    if kept:
+        last = (kept[0] if len(kept) == 1 else torch.minimum(*kept)) - 1
+        index = torch.searchsorted(total, draw.mul_(total.gather(-1, last)), right=True)
+        index = torch.minimum(index, last)
+    else:
+        index = torch.searchsorted(total, draw.mul_(total[:, -1:]), right=True)
+        index.clamp_(max=total.shape[-1] - 1)
+    drawn: list[int] = tokens.gather(-1, index).view(-1).tolist()
+    return drawn
