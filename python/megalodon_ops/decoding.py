@@ -47,7 +47,7 @@ class Decoder:
         self._device = model.embed.weight.device
         with torch.inference_mode():
             tokens = torch.zeros((self._rows, 1), dtype=torch.int64, device=self._device)
-            model.check(tokens, state, inplace_state=True)
+            model.check(tokens, state, inplace_state=True, lengths=None)
             self.prepared, self._step = _prepare(model, state, tokens)
 
     def __call__(self, tokens: Tensor) -> Tensor:
