@@ -1,5 +1,7 @@
-// cema on the GPU, by the recurrence ("scan", which is also "auto"); long rows of 16-bit activations go by matrix
-// instructions (cema_mma.cu). Not yet run on a GPU.
+// cema on the GPU, by the recurrence ("scan", which is also "auto"). Not yet run on a GPU.
+//
+// Long rows of 16-bit activations go by matrix instructions (cema_mma.cu). "fft" is by transforms (cema_fft.cu) but for
+// the last state, and is the scan where h0 or dh is given (ops/cema_fft.h).
 //
 // Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h).
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
@@ -19,10 +21,11 @@
 //           states corrected every 128 steps, so that the rounding of q does not add up. Gradients of parameters: sums
 //           in float over 128 steps, in double over those, over chunks and the batch, in a fixed order. A few steps in
 //           double.
-// Limits    no fft. N > 32: groups of 32 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
+// Limits    N > 32: groups of 32 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
 //           below 1e-20 counts as 1e-20. Subnormal numbers are kept: they are as fast as others.
 #include "core/reduce.cuh"
 #include "ops/cema.h"
+#include "ops/cema_fft.cuh"
 #include "ops/cema_mma.cuh"
 #include "ops/cema_scan.cuh"
 #include "ops/cema_short.cuh"
@@ -144,6 +147,30 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
   walk(cema_forward_kernel<T, kLanes, false>, "cema_forward", plan.sums());
 }
 
+// h alone, where h0 is 0: the ends of all chunks, put together.
+template <class T, int kLanes>
+void last_state(const CemaForward& args, const Plan& plan, void* stream) {
+  using A = stat_t<T>;
+  const int64_t wavelets = args.D * args.N;
+  auto* ends = static_cast<double*>(args.workspace);
+  double* table = ends + args.B * plan.chunks * wavelets * 2;
+  make_table<A>(args, table, stream);
+  ScanArgs<T> scan = scan_args<T>(args, plan);
+  scan.chunks = plan.chunks + 1;  // as if there were one more, for which the last one leaves its end
+  scan.in = static_cast<const T*>(args.x);
+  scan.table = table;
+  scan.carries = ends;
+  scan.packed = can_pack<T>(args.D, args.x);
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.sums()));
+  for (scan.first = 0; scan.first < args.N; scan.first += kEach * kLanes) {
+    launch({"cema_last_ends", grid, dim3(kThreads), Tiles<T, kLanes>::bytes(1), stream},
+           cema_forward_kernel<T, kLanes, true>, scan);
+  }
+  launch({"cema_last_state", dim3(blocks_of(args.B * wavelets)), dim3(kThreads), 0, stream}, cema_last_state_kernel<A>,
+         static_cast<const double*>(ends), Parameters<A>::of(args), static_cast<A*>(args.h), args.B, args.L, args.D,
+         plan.chunks, plan.length);
+}
+
 // ---- by matrix instructions (cema_mma.cu) ---------------------------------------------------------------------------
 
 // A walk over `in`, forward or back. The workspace begins with the carries, since they are read 16 bytes at a time.
@@ -241,17 +268,23 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
 
 void cema_forward(const CemaForward& args, void* stream) {
   if (args.B == 0 || args.D == 0) return;
-  if (args.by_products()) return walk_by_products(args, false, args.x, args.y, args.h0, args.h, stream);
+  const bool by_transforms = args.by_transforms();
+  if (by_transforms) cema_fft_output(args, stream);
+  if (!by_transforms && args.by_products())
+    return walk_by_products(args, false, args.x, args.y, args.h0, args.h, stream);
   const Plan plan = Plan::of(args);
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.is_short()) return forward_short<T>(args, stream);
-    visit_lanes(plan.lanes, [&](auto lanes) { forward<T, lanes.value>(args, plan, stream); });
+    if (!by_transforms && args.is_short()) return forward_short<T>(args, stream);
+    visit_lanes(plan.lanes, [&](auto lanes) {
+      by_transforms ? last_state<T, lanes.value>(args, plan, stream) : forward<T, lanes.value>(args, plan, stream);
+    });
   });
 }
 
 void cema_backward(const CemaBackward& args, void* stream) {
   if (args.D == 0) return;
+  if (args.by_transforms()) return cema_fft_gradients(args, stream);
   const Plan plan = Plan::of(args);
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

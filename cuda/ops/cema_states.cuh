@@ -1,5 +1,5 @@
 // What the scans of CEMA read besides their inputs: the table of coefficients, and the states with which chunks of time
-// begin, from those with which the chunks before them end.
+// begin, from those with which the chunks before them end; the last state in the same way.
 #pragma once
 
 #include "core/pack.cuh"
@@ -113,6 +113,26 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= D * N) return;
   carry<A, 1, true>(args, parameters.wavelet(i / N, i % N), i, blockIdx.y, D * N, chunks, length);
+}
+
+// h from the ends [B, chunks, D, N, 2] of all chunks, where h0 is 0.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    cema_last_state_kernel(const double* ends, Parameters<A> parameters, A* h, int64_t B, int64_t L, int64_t D,
+                           int64_t chunks, int64_t length) {
+  const int64_t N = parameters.N, at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= B * D * N) return;
+  const int64_t b = at / (D * N), i = at % (D * N);
+  const Wavelet w = parameters.wavelet(i / N, i % N);
+  const Pair<double> all = pair_of(w.power(static_cast<double>(length)));
+  const Pair<double> last = pair_of(w.power(static_cast<double>(L - (chunks - 1) * length)));
+  Pair<double> state{0, 0};
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const auto end = load<2>(ends + ((b * chunks + chunk) * D * N + i) * 2);
+    state = Pair<double>{end.v[0], end.v[1]} + (chunk + 1 < chunks ? all : last) * state;
+  }
+  state = input_of(w) * state;
+  store(h + 2 * at, Pack<A, 2>{static_cast<A>(state.re), static_cast<A>(state.im)});
 }
 
 }  // namespace
