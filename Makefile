@@ -11,6 +11,7 @@ RUN ?= runs/demo
 ARGS ?=
 OP ?=
 PARTS ?=
+SIMT_JOBS ?= $(shell nproc)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -22,7 +23,8 @@ FORMATTED = $$(git ls-files 'cpp/*.h' 'cpp/*.cpp' 'cuda/*.cu' 'cuda/*.cuh' 'cuda
 # What runs in the host executor: the tests that hold for every op, and those of each op that has a CUDA kernel.
 SIMT_TESTS = tests/test_ops.py $(wildcard $(patsubst cuda/ops/%.cu,tests/test_%.py,$(wildcard cuda/ops/*.cu)))
 ASAN = detect_leaks=0:allocator_may_return_null=1
-SIMT_PYTEST = $(BIN)/python -m pytest -q $(SIMT_TESTS) $(ARGS)
+PARALLEL = -n $(SIMT_JOBS) --dist worksteal
+SIMT_PYTEST = $(BIN)/python -m pytest -q $(PARALLEL) $(SIMT_TESTS) $(ARGS)
 SANITIZERS = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)
 
 # cmake and ninja of the environment before any others; no build isolation, so that build/ stays valid.
@@ -60,11 +62,12 @@ test: setup  ## Run the tests (ARGS= goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
 # The compiler's flags of each build are in cuda/build.cmake. Races hide: several schedules, on fewer shapes. The
-# sanitizers end the process at their first report, on a standard error that pytest must not have taken.
-test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor.md; ARGS= as above)
+# sanitizers end the process at their first report, on a standard error that pytest must not have taken: of the jobs
+# that share the tests one ends, its test has failed, another takes its place. SIMT_JOBS=0: pytest's own process alone.
+test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor.md; ARGS= as above; SIMT_JOBS=)
 	$(BIN)/cmake --preset simt -DPython_EXECUTABLE=$(abspath $(BIN))/python > /dev/null
 	$(BIN)/cmake --build --preset simt
-	$(BIN)/python -m pytest -q tests/simt tests/conformance
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/simt tests/conformance
 	for schedule in forward reverse random:1; do export MEGALODON_SIMT_SCHEDULE=$$schedule; \
 	  MEGALODON_TEST_BACKEND=simt $(SIMT_PYTEST) && \
 	  MEGALODON_TEST_BACKEND=simt_race MEGALODON_EXAMPLES=5 $(SIMT_PYTEST) || exit 1; \

@@ -4,6 +4,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,34 @@ def test_kernel_files_open_with_six_paragraphs(op: str) -> None:
     head = (ROOT / f"cpp/ops/{op}.cpp").read_text().split("#include", 1)[0]
     for paragraph in ("Computes", "Layout", "Mapping", "Traffic", "Numerics", "Limits"):
         assert f"// {paragraph}" in head, paragraph
+
+
+LOADS = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.silu_mul_forward(np.zeros((2, 3), np.float32), None))
+try:
+    module.rms_norm_forward()
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(bool(_C.cuda_version()), reason="needs objects without CUDA")
+def test_a_build_of_one_op_loads(tmp_path: Path) -> None:
+    """As -DMEGALODON_OPS=silu_mul makes it, linked from the objects of the whole build."""
+    parts = [*objects("_C"), *objects("megalodon_ops")]
+    for isa in ("portable", *WIDE):
+        parts += [path for path in objects(f"ops_{isa}") if path.name == "silu_mul.cpp.o"]
+    linked = tmp_path / "_C.so"
+    subprocess.run(["g++", "-shared", "-pthread", "-o", linked, *parts], check=True)
+    command = [sys.executable, "-c", LOADS, str(linked)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "[[0. 0. 0.]" in said
+    assert "rms_norm_forward: not in this build" in said
 
 
 def test_version_is_one() -> None:

@@ -287,10 +287,3 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     values = dict(zip(names, arguments(F32, 2, 3, 8, 4, True), strict=True))
     with pytest.raises(error, match=message):
         cema(**{**values, **change})
-
-
-@pytest.mark.skipif(not BACKEND, reason="needs CUDA kernels on CPU tensors")
-def test_a_gpu_has_no_fft_yet() -> None:
-    args = arguments(F32, 2, 3, 8, 4, True)
-    with pytest.raises(NotImplementedError, match=r"^cema: a CUDA kernel for algorithm fft is not"):
-        cema(*args, None, "fft")

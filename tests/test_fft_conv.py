@@ -2,18 +2,21 @@
 arguments.
 """
 
+import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import golden
 import pytest
 import torch
+from backend import BACKEND
 from checks import DTYPES, check_forward, check_gradients
 from golden import Case
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megalodon_ops import fft_conv, reference, registry
+from megalodon_ops import _C, fft_conv, reference, registry
 from megalodon_ops._library import Maker
 
 OP = registry["fft_conv"]
@@ -75,8 +78,12 @@ def test_long(isa: str, L: int, dtype: torch.dtype) -> None:
     """On either side of where the CUDA kernels go from one plan to the other; a few channels, more
     than one row.
     """
-    x, k = (a.requires_grad_() for a in arguments(dtype, 2, L, 3))
-    dy = Maker(dtype, seed=1).activation(2, L, 3)
+    check_long(dtype, 2, L, 3)
+
+
+def check_long(dtype: torch.dtype, B: int, L: int, D: int) -> None:
+    x, k = (a.requires_grad_() for a in arguments(dtype, B, L, D))
+    dy = Maker(dtype, seed=1).activation(B, L, D)
     y = fft_conv(x, k)
     y64 = exact(x, k)
     got = y, *torch.autograd.grad(y, (x, k), dy)
@@ -85,6 +92,43 @@ def test_long(isa: str, L: int, dtype: torch.dtype) -> None:
     for a, b in zip(got, want, strict=True):
         bound = rounding if a.dtype == dtype else 5e-7  # dk of 16-bit numbers is float32
         assert (a.double() - b.double()).norm() <= bound * b.norm()
+
+
+@pytest.fixture
+def limits() -> Iterator[Callable[[int, int, int], None]]:
+    """Sets where the plan of the CUDA kernels changes: FftConvCudaLimits in cpp/ops/fft_conv.h."""
+    function = ctypes.CDLL(_C.__file__).megalodon_simt_fft_conv_limits
+    function.argtypes = [ctypes.c_int64] * 3
+    yield function
+    function(2**15, 11, 2**28)
+
+
+# A group of channels has 2^14 points where L is at most 2^13: 128 KiB of float32.
+@pytest.mark.skipif(not BACKEND.startswith("simt"), reason="of the executor")
+@pytest.mark.parametrize(
+    ("B", "L", "D", "outer_levels", "slice_bytes"),
+    [
+        pytest.param(3, 600, 40, 11, 2**17, id="a_group_and_a_row"),
+        pytest.param(5, 600, 20, 11, 5 * 2**17, id="a_group_and_some_rows"),
+        pytest.param(5, 600, 20, 11, 7 * 2**17, id="a_group_and_some_rows_backward"),
+        pytest.param(2, 600, 70, 11, 13 * 2**17, id="some_groups_and_all_rows"),
+        pytest.param(2, 9000, 5, 11, 1, id="a_channel_and_a_row"),
+        pytest.param(1, 20000, 5, 7, 2**28, id="two_passes"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16], ids=str)
+def test_slices_and_passes(
+    limits: Callable[[int, int, int], None],
+    dtype: torch.dtype,
+    B: int,
+    L: int,
+    D: int,
+    outer_levels: int,
+    slice_bytes: int,
+) -> None:
+    """Of long and many rows, at sizes that the executor can run."""
+    limits(1024, outer_levels, slice_bytes * (2 if dtype == F64 else 1))
+    check_long(dtype, B, L, D)
 
 
 @pytest.mark.parametrize("L", [65, 96, 129])

@@ -134,12 +134,21 @@ template <class Specs, class Run>
 void define(py::module_& module, const char* name, Specs specs_of, Run run) {
   using C = Call<Specs, Run>;
   module.def(name, [=](const py::args& given) {
+    if (run == nullptr) {
+      PyErr_Format(PyExc_NotImplementedError, "%s: not in this build (see MEGALODON_OPS)", name);
+      throw py::error_already_set();
+    }
     return C::call(name, specs_of, run, given, std::make_index_sequence<C::kInputs>{},
                    std::make_index_sequence<C::kOutputs>{});
   });
 }
 
-#define MEGALODON_DEFINE(name) define(module, #name, megalodon_##name##_outputs, megalodon_##name)
+// A build of some ops (MEGALODON_OPS) has no functions of the others: weak, their addresses are null.
+#define MEGALODON_PRAGMA(text) _Pragma(#text)
+#define MEGALODON_DEFINE(name)                      \
+  MEGALODON_PRAGMA(weak megalodon_##name##_outputs) \
+  MEGALODON_PRAGMA(weak megalodon_##name)           \
+  define(module, #name, megalodon_##name##_outputs, megalodon_##name)
 
 PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(block_step_forward);

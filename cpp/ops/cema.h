@@ -17,6 +17,7 @@
 #include "core/parallel.h"
 #include "core/powers.h"
 #include "core/tensor.h"
+#include "ops/cema_fft.h"
 #include "ops/cema_mma.h"
 
 namespace megalodon {
@@ -138,7 +139,14 @@ struct CemaForward : CemaShape {
   // The GPU: five numbers per wavelet, the states between chunks, and sums over the groups of wavelets so far.
   bool is_short() const { return L <= kCemaCudaShortSteps && N <= kCemaCudaShortWavelets; }
   bool by_products() const { return CemaMmaPlan::takes(dtype, L, N); }
+  // By transforms only from zeros on. First in the workspace, the states that chunks end with, and the table.
+  bool by_transforms() const { return algorithm == CemaAlgorithm::kFft && h0 == nullptr; }
+  CemaFftCudaRoom transform_room() const {
+    const int64_t states = (5 + B * CemaCudaPlan::of(*this).chunks * 2) * D * N * 8;
+    return CemaFftCudaRoom::forward(states, dtype, B, L, D);
+  }
   int64_t cuda_bytes() const {
+    if (by_transforms()) return transform_room().bytes;
     if (is_short()) return 0;
     if (by_products()) {
       const CemaMmaPlan plan = CemaMmaPlan::of(B, L, D);
@@ -202,7 +210,10 @@ struct CemaBackward : CemaShape {
     return by_products() ? B * (plan.chunks - 1) * D * N * 2 * 8 + plan.table_bytes(N) : 0;
   }
   int64_t cuda_sums() const { return (5 * N + 1) * D; }  // of a block of every tile
+  bool by_transforms() const { return algorithm == CemaAlgorithm::kFft && h0 == nullptr && dh == nullptr; }
+  CemaFftCudaRoom transform_room() const { return CemaFftCudaRoom::backward(dtype, B, L, D, N); }
   int64_t cuda_bytes() const {
+    if (by_transforms()) return transform_room().bytes;
     const CemaCudaPlan plan = CemaCudaPlan::of(*this);
     return product_bytes() + (5 + B * (plan.chunks - 1) * 6) * D * N * 8 + (plan.sums() + 1) * cuda_sums() * 8 +
            (CemaCudaPlan::has_groups(N) ? B * L * D * size_of(stat_dtype(dtype)) : 0);
@@ -215,7 +226,6 @@ static inline CemaAlgorithm check_cema_algorithm(const Checker& c, const char* a
   if (name == "auto") return c.on_cuda() ? CemaAlgorithm::kScan : automatic;
   if (name == "scan") return CemaAlgorithm::kScan;
   c.require(name == "fft", "algorithm", "auto, scan or fft", name);
-  if (c.on_cuda()) c.not_implemented("a CUDA kernel for algorithm fft");
   return CemaAlgorithm::kFft;
 }
 

@@ -48,6 +48,11 @@ constexpr Parts cema_kernel_parts(int64_t D, int64_t L) {
   return Parts::of(tiles, 1, ceil_div(1056, D < 1 ? 1 : D));
 }
 
+// The workspace of the backward pass there: S and U of every part.
+constexpr int64_t cema_kernel_cuda_bytes(int64_t D, int64_t N, int64_t L) {
+  return cema_kernel_parts(D, L).parts * D * N * 4 * 8;
+}
+
 template <class Args>
 static inline void check_cema_kernel_parameters(Checker& c, Args& args, const DLTensor* alpha_in,
                                                 const DLTensor* delta_in, const DLTensor* theta_in,
@@ -88,7 +93,7 @@ static inline CemaKernelBackward check_cema_kernel_backward(Checker& c, const DL
   args.ddelta = out.next(c, "ddelta", args.dtype, {args.D, args.N});
   args.dtheta = out.next(c, "dtheta", args.dtype, {args.D});
   args.dgamma = out.next(c, "dgamma", args.dtype, {args.D, args.N, 2});
-  const int64_t sums = cema_kernel_parts(args.D, args.L).parts * args.D * args.N * 4 * size_of(DType::kFloat64);
+  const int64_t sums = cema_kernel_cuda_bytes(args.D, args.N, args.L);
   args.workspace = out.workspace(c, c.on_cuda() ? sums : kMaxVectorBytes + args.tasks().bytes());
   return args;
 }

@@ -11,6 +11,19 @@
 
 namespace megalodon {
 
+// Where the GPU's plan changes. The tests in the executor, which cannot run shapes that large, set smaller numbers
+// (megalodon_simt_fft_conv_limits in cuda/ops/fft_conv.cu); elsewhere they are constants.
+struct FftConvCudaLimits {
+  int64_t block_points = int64_t{1} << 15;  // of a block's transform: at least 1024; no more than there are registers
+  int64_t outer_levels = 11;                // of a pass above the subtrees, however many these are
+  int64_t slice_bytes = int64_t{1} << 28;   // of the workspace, if one group and row fit
+};
+#ifdef MEGALODON_SIMT
+inline FftConvCudaLimits fft_conv_cuda_limits;
+#else
+constexpr FftConvCudaLimits fft_conv_cuda_limits;
+#endif
+
 // How the GPU cuts the work, by shape alone. H = 2^levels >= L points. A group of 2^width channels is transformed by a
 // block in shared memory if at least two channels fit there ("whole"); else the first levels of the tree are passes
 // over the workspace and a block transforms a subtree of 2^inner points ("split"). Nothing here is measured yet.
@@ -21,17 +34,16 @@ struct FftConvCudaPlan {
     return static_cast<int>(16 / stat) / (backward ? 2 : 1);
   }
   static constexpr int most_threads(bool, int64_t stat) { return stat == 8 ? 256 : 512; }
-  static constexpr int64_t most_points(bool backward, int64_t stat) {
-    return 8 * butterflies(backward, stat) * most_threads(backward, stat);
+  static int64_t most_points(bool backward, int64_t stat) {
+    const int64_t fit = 8 * butterflies(backward, stat) * most_threads(backward, stat);
+    return fit < fft_conv_cuda_limits.block_points ? fit : fft_conv_cuda_limits.block_points;
   }
   static constexpr int64_t block_points(int64_t stat) { return (int64_t{1} << 15) / stat; }  // 64 KiB
-  // Of a block's tree, and of a pass above the subtrees, however many these are.
-  static constexpr int kLeastLevels = 4, kMostOuterLevels = 11;
-  static_assert(kMostOuterLevels + 1 >= 2 * kLeastLevels);
+  static constexpr int kLeastLevels = 4;  // of a block's tree, and of a pass above the subtrees
+  static_assert(FftConvCudaLimits{}.outer_levels + 1 >= 2 * kLeastLevels);
   static constexpr int64_t kMostWidth = 6, kSplitWidth = 3;
   static constexpr int64_t kLeastSubtree = 1024;  // points
   static constexpr int64_t kProcessors = 132, kThreadsEach = 1024;
-  static constexpr int64_t kSliceBytes = int64_t{1} << 28;  // of the workspace, if one group and row fit
 
   bool backward;
   int64_t stat;  // bytes of a number
@@ -93,7 +105,7 @@ struct FftConvCudaPlan {
   }
   void split(int64_t B, int64_t D) {
     while (width < kSplitWidth && int64_t{1} << width < D) ++width;
-    while (width > 0 && group_bytes() > kSliceBytes) --width;
+    while (width > 0 && group_bytes() > fft_conv_cuda_limits.slice_bytes) --width;
     while (group_points() >> kLeastLevels < kLeastSubtree) ++width;
     inner = levels - kLeastLevels;
     const int64_t most =
@@ -101,7 +113,7 @@ struct FftConvCudaPlan {
     while (int64_t{1} << (inner + width) > most) --inner;
     groups = ceil_div(D, int64_t{1} << width);
     const auto fit = [](int64_t many, int64_t most) { return many < 1 || most < 1 ? 1 : many < most ? many : most; };
-    const int64_t arrays = kSliceBytes / group_bytes();
+    const int64_t arrays = fft_conv_cuda_limits.slice_bytes / group_bytes();
     slice_groups = fit(arrays / (fixed_arrays() + row_arrays() * fit(B, 8)), groups);
     slice_rows = fit((arrays / slice_groups - fixed_arrays()) / row_arrays(), B);
     parts = backward ? 1 : Parts::of(slice_rows, 1, wanted(slice_groups * subtrees())).parts;

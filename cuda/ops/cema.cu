@@ -1,5 +1,7 @@
-// cema on the GPU, by the recurrence ("scan", which is also "auto"); long rows of 16-bit activations go by matrix
-// instructions (cema_mma.cu). Not yet run on a GPU.
+// cema on the GPU, by the recurrence ("scan", which is also "auto"). Not yet run on a GPU.
+//
+// Long rows of 16-bit activations go by matrix instructions (cema_mma.cu). "fft" is by transforms (cema_fft.cu) but for
+// the last state, and is the scan where h0 or dh is given (ops/cema_fft.h).
 //
 // Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h).
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
@@ -19,122 +21,18 @@
 //           states corrected every 128 steps, so that the rounding of q does not add up. Gradients of parameters: sums
 //           in float over 128 steps, in double over those, over chunks and the batch, in a fixed order. A few steps in
 //           double.
-// Limits    no fft. N > 32: groups of 32 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
+// Limits    N > 32: groups of 32 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
 //           below 1e-20 counts as 1e-20. Subnormal numbers are kept: they are as fast as others.
 #include "core/reduce.cuh"
 #include "ops/cema.h"
+#include "ops/cema_fft.cuh"
 #include "ops/cema_mma.cuh"
 #include "ops/cema_scan.cuh"
+#include "ops/cema_short.cuh"
+#include "ops/cema_states.cuh"
 
 namespace megalodon::cuda {
 namespace {
-
-constexpr double kLeastInput = 1e-20;
-
-// ---- coefficients ---------------------------------------------------------------------------------------------------
-
-DEVICE Pair<double> pair_of(const Complex& v) { return {v.re, v.im}; }
-
-DEVICE double input_of(const Wavelet& w) { return w.alpha.value < kLeastInput ? kLeastInput : w.alpha.value; }
-
-// cos(arg q), sin(arg q).
-DEVICE Pair<double> direction_of(const Wavelet& w) {
-  const double quadrant = rint(4 * w.turns);
-  Pair<double> v;
-  sin_cos_near((w.turns - 0.25 * quadrant) * kTwoPi, static_cast<unsigned>(static_cast<int>(quadrant)), v.im, v.re);
-  return v;
-}
-
-template <class A>
-__global__ void __launch_bounds__(kThreads) cema_table_kernel(Parameters<A> parameters, int64_t D, double* table) {
-  const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= D * N) return;
-  const int64_t d = i / N, n = i % N;
-  const Wavelet w = parameters.wavelet(d, n);
-  const Pair<double> q = w.rho * direction_of(w), g = gamma_scale(N) * pair_of(parameters.gamma_of(d, n));
-  const double row[kTableRows] = {input_of(w), q.re, q.im, g.re, g.im};
-  UNROLL
-  for (int r = 0; r < kTableRows; ++r) table[r * D * N + i] = row[r];
-}
-
-// ---- from the states chunks end with to those they begin with -------------------------------------------------------
-
-template <class A>
-struct CarryArgs {
-  const A* start;   // [B, D, N, 2] or nullptr: the state at the very beginning
-  double* carries;  // as in ScanArgs
-};
-
-// state <- end + q^s state per chunk, and for the derivative e by q: e <- end_e + q^s e + s q^(s-1) state.
-template <class A, int kStates, bool kAdjoint>
-DEVICE void carry(const CarryArgs<A>& args, const Wavelet& w, int64_t i, int64_t b, int64_t wavelets, int64_t chunks,
-                  int64_t length) {
-  constexpr int kAhead = 4;  // chunks read before the first of them is needed
-  const auto steps = static_cast<double>(length);
-  Pair<double> all = pair_of(w.power(steps)), first{};
-  if constexpr (kAdjoint) all = conj(all);
-  if constexpr (kStates == 2) first = steps * pair_of(w.power(steps - 1));
-  Pair<double> state[kStates] = {};
-  if (args.start != nullptr) {
-    const auto v = load<2>(args.start + 2 * (b * wavelets + i));
-    const double a = kAdjoint ? 1 : input_of(w);
-    state[0] = {v.v[0] / a, v.v[1] / a};
-  }
-  const auto slot = [&](int64_t chunk) { return args.carries + ((b * chunks + chunk) * wavelets + i) * 2 * kStates; };
-  for (int64_t chunk = 0; chunk < chunks; chunk += kAhead) {
-    Pack<double, 2 * kStates> ends[kAhead];
-    UNROLL
-    for (int c = 0; c < kAhead; ++c) {
-      if (chunk + c < chunks) ends[c] = load<2 * kStates>(slot(chunk + c));
-    }
-    UNROLL
-    for (int c = 0; c < kAhead; ++c) {
-      if (chunk + c >= chunks) continue;
-      if constexpr (kStates == 2) {
-        state[1] = Pair<double>{ends[c].v[2], ends[c].v[3]} + (all * state[1] + first * state[0]);
-      }
-      state[0] = Pair<double>{ends[c].v[0], ends[c].v[1]} + all * state[0];
-      Pack<double, 2 * kStates> next;
-      UNROLL
-      for (int s = 0; s < kStates; ++s) {
-        next.v[2 * s] = state[s].re;
-        next.v[2 * s + 1] = state[s].im;
-      }
-      store(slot(chunk + c), next);
-    }
-  }
-}
-
-// chunks: those that have one before them.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    cema_forward_carry_kernel(CarryArgs<A> args, Parameters<A> parameters, int64_t D, int64_t chunks, int64_t length) {
-  const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= D * N) return;
-  carry<A, 1, false>(args, parameters.wavelet(i / N, i % N), i, blockIdx.y, D * N, chunks, length);
-}
-
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    cema_backward_carry_kernel(CarryArgs<A> sensitivity, CarryArgs<A> adjoint, Parameters<A> parameters, int64_t D,
-                               int64_t chunks, int64_t length) {
-  const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= D * N) return;
-  const Wavelet w = parameters.wavelet(i / N, i % N);
-  if (blockIdx.z == 0) {
-    carry<A, 2, false>(sensitivity, w, i, blockIdx.y, D * N, chunks, length);
-  } else {
-    carry<A, 1, true>(adjoint, w, i, blockIdx.y, D * N, chunks, length);
-  }
-}
-
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    cema_adjoint_carry_kernel(CarryArgs<A> args, Parameters<A> parameters, int64_t D, int64_t chunks, int64_t length) {
-  const int64_t N = parameters.N, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= D * N) return;
-  carry<A, 1, true>(args, parameters.wavelet(i / N, i % N), i, blockIdx.y, D * N, chunks, length);
-}
 
 // ---- from the sums to the gradients of the raw parameters -----------------------------------------------------------
 
@@ -181,111 +79,6 @@ __global__ void __launch_bounds__(kThreads) cema_gradients_kernel(GradientArgs<A
   if (lane > 0) return;
   args.dtheta[d] = static_cast<A>(dtheta);
   args.domega[d] = static_cast<A>(sum(kSumOmega * row + d));
-}
-
-// ---- a few steps ----------------------------------------------------------------------------------------------------
-
-template <class T>
-struct ShortArgs {
-  using A = stat_t<T>;
-  const T* x;
-  Parameters<A> parameters;
-  const A* omega;
-  const A* h0;
-  T* y;
-  A* h;
-  int64_t L, D;
-  Parts parts;
-  int lanes;  // of a channel
-};
-
-// A channel's wavelets are n = lane and, for kGroups = 2, n = lane + 32; at most kSteps steps.
-template <class T, int kSteps, int kGroups>
-__global__ void __launch_bounds__(kThreads) cema_short_kernel(ShortArgs<T> args) {
-  using A = stat_t<T>;
-  const int64_t N = args.parameters.N, L = args.L, D = args.D;
-  const int channels = kThreads / args.lanes;
-  const int64_t d = static_cast<int64_t>(blockIdx.x) * channels + threadIdx.x / args.lanes;
-  const int lane = static_cast<int>(threadIdx.x) % args.lanes;
-  const bool exists = d < D;
-  double a[kGroups] = {};
-  Pair<double> q[kGroups] = {}, g[kGroups] = {}, next[kGroups] = {};
-  const auto has = [&](int k) { return exists && lane + 32 * k < N; };
-  const auto index = [&](int64_t b, int k) { return 2 * ((b * D + d) * N + lane + 32 * k); };
-  const auto read = [&](int64_t b) {
-    UNROLL
-    for (int k = 0; k < kGroups; ++k) {
-      if (args.h0 == nullptr || !has(k)) continue;
-      const auto v = load<2>(args.h0 + index(b, k));
-      next[k] = {v.v[0], v.v[1]};
-    }
-  };
-  UNROLL
-  for (int k = 0; k < kGroups; ++k) {
-    if (!has(k)) continue;
-    const Wavelet w = args.parameters.wavelet(d, lane + 32 * k);
-    a[k] = w.alpha.value;
-    q[k] = w.rho * direction_of(w);
-    g[k] = gamma_scale(N) * pair_of(args.parameters.gamma_of(d, lane + 32 * k));
-  }
-  const A omega = exists ? args.omega[d] : A(0);
-  const int64_t end = args.parts.end(blockIdx.y);
-  int64_t b = args.parts.begin(blockIdx.y);
-  if (b < end) read(b);
-  for (; b < end; ++b) {
-    A x[kSteps];
-    double sums[kSteps];
-    UNROLL
-    for (int t = 0; t < kSteps; ++t) {
-      x[t] = t < L && exists ? widen(args.x[(b * L + t) * D + d]) : A(0);
-      sums[t] = 0;
-    }
-    Pair<double> h[kGroups];
-    UNROLL
-    for (int k = 0; k < kGroups; ++k) h[k] = next[k];
-    if (b + 1 < end) read(b + 1);
-    UNROLL
-    for (int k = 0; k < kGroups; ++k) {
-      UNROLL
-      for (int t = 0; t < kSteps; ++t) {
-        if (t >= L) continue;
-        h[k] = step_of(q[k], h[k], a[k] * static_cast<double>(x[t]));
-        sums[t] += g[k].re * h[k].re - g[k].im * h[k].im;
-      }
-      if (has(k)) store(args.h + index(b, k), Pack<A, 2>{static_cast<A>(h[k].re), static_cast<A>(h[k].im)});
-    }
-    UNROLL
-    for (int t = 0; t < kSteps; ++t) {
-      if (t >= L) continue;
-      A sum = static_cast<A>(sums[t]);
-      for (int bits = args.lanes / 2; bits > 0; bits /= 2) sum += shuffle_xor(sum, bits);
-      if (lane == 0 && exists) args.y[(b * L + t) * D + d] = narrow<T>(omega * x[t] + sum);
-    }
-  }
-}
-
-template <class T>
-void forward_short(const CemaForward& args, void* stream) {
-  using A = stat_t<T>;
-  constexpr int64_t kWantedThreads = 132 * 2048;
-  int lanes = 1;
-  while (lanes < 32 && lanes < args.N) lanes *= 2;
-  const Parts parts = Parts::of(args.B, 1, ceil_div(kWantedThreads, args.D * lanes));
-  const ShortArgs<T> short_args{static_cast<const T*>(args.x),
-                                Parameters<A>::of(args),
-                                static_cast<const A*>(args.omega),
-                                static_cast<const A*>(args.h0),
-                                static_cast<T*>(args.y),
-                                static_cast<A*>(args.h),
-                                args.L,
-                                args.D,
-                                parts,
-                                lanes};
-  auto kernel =
-      args.N <= 32 ? cema_short_kernel<T, kCemaCudaShortSteps, 1> : cema_short_kernel<T, kCemaCudaShortSteps, 2>;
-  if (args.L <= 1) kernel = args.N <= 32 ? cema_short_kernel<T, 1, 1> : cema_short_kernel<T, 1, 2>;
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.D, kThreads / lanes)), static_cast<unsigned>(parts.parts));
-  launch({"cema_short", grid, dim3(kThreads), 0, stream}, kernel, short_args);
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
@@ -352,6 +145,30 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
            plan.chunks - 1, plan.length);
   }
   walk(cema_forward_kernel<T, kLanes, false>, "cema_forward", plan.sums());
+}
+
+// h alone, where h0 is 0: the ends of all chunks, put together.
+template <class T, int kLanes>
+void last_state(const CemaForward& args, const Plan& plan, void* stream) {
+  using A = stat_t<T>;
+  const int64_t wavelets = args.D * args.N;
+  auto* ends = static_cast<double*>(args.workspace);
+  double* table = ends + args.B * plan.chunks * wavelets * 2;
+  make_table<A>(args, table, stream);
+  ScanArgs<T> scan = scan_args<T>(args, plan);
+  scan.chunks = plan.chunks + 1;  // as if there were one more, for which the last one leaves its end
+  scan.in = static_cast<const T*>(args.x);
+  scan.table = table;
+  scan.carries = ends;
+  scan.packed = can_pack<T>(args.D, args.x);
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.sums()));
+  for (scan.first = 0; scan.first < args.N; scan.first += kEach * kLanes) {
+    launch({"cema_last_ends", grid, dim3(kThreads), Tiles<T, kLanes>::bytes(1), stream},
+           cema_forward_kernel<T, kLanes, true>, scan);
+  }
+  launch({"cema_last_state", dim3(blocks_of(args.B * wavelets)), dim3(kThreads), 0, stream}, cema_last_state_kernel<A>,
+         static_cast<const double*>(ends), Parameters<A>::of(args), static_cast<A*>(args.h), args.B, args.L, args.D,
+         plan.chunks, plan.length);
 }
 
 // ---- by matrix instructions (cema_mma.cu) ---------------------------------------------------------------------------
@@ -451,17 +268,23 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
 
 void cema_forward(const CemaForward& args, void* stream) {
   if (args.B == 0 || args.D == 0) return;
-  if (args.by_products()) return walk_by_products(args, false, args.x, args.y, args.h0, args.h, stream);
+  const bool by_transforms = args.by_transforms();
+  if (by_transforms) cema_fft_output(args, stream);
+  if (!by_transforms && args.by_products())
+    return walk_by_products(args, false, args.x, args.y, args.h0, args.h, stream);
   const Plan plan = Plan::of(args);
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.is_short()) return forward_short<T>(args, stream);
-    visit_lanes(plan.lanes, [&](auto lanes) { forward<T, lanes.value>(args, plan, stream); });
+    if (!by_transforms && args.is_short()) return forward_short<T>(args, stream);
+    visit_lanes(plan.lanes, [&](auto lanes) {
+      by_transforms ? last_state<T, lanes.value>(args, plan, stream) : forward<T, lanes.value>(args, plan, stream);
+    });
   });
 }
 
 void cema_backward(const CemaBackward& args, void* stream) {
   if (args.D == 0) return;
+  if (args.by_transforms()) return cema_fft_gradients(args, stream);
   const Plan plan = Plan::of(args);
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

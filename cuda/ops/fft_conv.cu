@@ -225,7 +225,7 @@ struct Outer {
   void* stream;
   int64_t group, groups;  // the first of the slice, how many
 
-  int passes() const { return static_cast<int>(ceil_div(plan.levels - plan.inner, FftConvCudaPlan::kMostOuterLevels)); }
+  int passes() const { return static_cast<int>(ceil_div(plan.levels - plan.inner, fft_conv_cuda_limits.outer_levels)); }
   int depth(int pass) const { return (plan.levels - plan.inner) * pass / passes(); }
 
   template <class T>
@@ -368,3 +368,12 @@ void fft_conv_backward(const FftConvBackward& args, void* stream) {
 }
 
 }  // namespace megalodon::cuda
+
+#ifdef MEGALODON_SIMT
+// For tests/test_fft_conv.py: reaches every plan at small sizes.
+extern "C" __attribute__((visibility("default"))) void megalodon_simt_fft_conv_limits(int64_t block_points,
+                                                                                      int64_t outer_levels,
+                                                                                      int64_t slice_bytes) {
+  megalodon::fft_conv_cuda_limits = {block_points, outer_levels, slice_bytes};
+}
+#endif

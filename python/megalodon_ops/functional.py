@@ -183,7 +183,8 @@ def cema(
         gamma: (D, N, 2) stat, real and imaginary part.
         omega: (D) or (D, 1) stat, weight of the input in the output.
         state: (B, D, N, 2) stat, h after the previous call; None is zero.
-        algorithm: "scan", "fft", or "auto", the faster of the two by measurement.
+        algorithm: "scan", "fft", or "auto", the faster of the two by measurement (on a GPU the
+            scan; "fft" is the scan there, too, where a state or its gradient is given).
 
     Returns:
         y (B, L, D) like x, and the state h (B, D, N, 2) after the last step. Differentiable in all

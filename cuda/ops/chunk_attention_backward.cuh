@@ -1,0 +1,229 @@
+// chunk_attention backward: the kernels of a round.
+#pragma once
+
+#include "core/reduce.cuh"
+#include "ops/chunk_attention_rounds.cuh"
+
+namespace megalodon::cuda {
+namespace {
+
+template <class Tile>
+struct BackwardScratch {
+  using A = typename Tile::Sum;
+  typename Tile::Weight* P;   // [strips, query_tiles, kTile, kTile]
+  typename Tile::Weight* dS;  // likewise
+  A* D;                       // [B, H, L]
+  A* dq;                      // [B, L, H, S], what earlier rounds have summed
+  int64_t query_tiles, strips;
+
+  BackwardScratch(const ChunkAttentionBackward& args) {
+    constexpr int64_t kTile = Tile::kTile;
+    query_tiles = ceil_div(queries_of_chunk(args.L, args.C), kTile);
+    const int64_t strip = query_tiles * kTile * kTile;
+    strips = strip == 0 ? 0 : args.scratch / (2 * strip * int64_t{sizeof(typename Tile::Weight)});
+    P = reinterpret_cast<typename Tile::Weight*>(aligned(args.workspace));
+    dS = P + strips * strip;
+    D = reinterpret_cast<A*>(aligned(args.workspace) + args.scratch);
+    dq = D + round_up(args.B * args.H * args.L, 4);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) clear_kernel(T* x, int64_t n) {
+  const int64_t step = int64_t{gridDim.x} * kTileThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kTileThreads + threadIdx.x; i < n; i += step) x[i] = T{};
+}
+
+template <class T>
+void clear(void* x, int64_t n, void* stream) {
+  if (n == 0) return;
+  const int64_t blocks = ceil_div(n, 4 * kTileThreads);
+  launch({"chunk_attention_clear", dim3(static_cast<unsigned>(blocks < 65535 ? blocks : 65535)), dim3(kTileThreads), 0,
+          stream},
+         clear_kernel<T>, static_cast<T*>(x), n);
+}
+
+// D = sum over e of do o: a warp per token and head.
+template <class T, int V>
+__global__ void __launch_bounds__(kTileThreads)
+    chunk_attention_dot_kernel(const T* dout, const T* o, stat_t<T>* D, int64_t B, int64_t L, int64_t H, int64_t E) {
+  using A = stat_t<T>;
+  constexpr int kWarps = kTileThreads / 32;
+  const int64_t rows = B * L * H, step = int64_t{gridDim.x} * kWarps;
+  for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < rows; row += step) {
+    A sum = 0;
+    for (int64_t e = threadIdx.x % 32 * V; e < E; e += 32 * V) {
+      const Pack<T, V> x = load<V>(dout + row * E + e), y = load<V>(o + row * E + e);
+      UNROLL
+      for (int i = 0; i < V; ++i) sum += widen(x.v[i]) * widen(y.v[i]);
+    }
+    sum = warp_sum(sum);
+    const int64_t b = row / H / L, t = row / H % L, h = row % H;
+    if (threadIdx.x % 32 == 0) D[(b * H + h) * L + t] = sum;
+  }
+}
+
+// Block (query tile, key tile, head).
+template <class T, class Tile, bool kPacked>
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
+    chunk_attention_weigh_backward_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
+  using A = typename Tile::Sum;
+  using Weight = typename Tile::Weight;
+  constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
+  using Slabs = typename Tile::Slabs;
+  SHARED(Slabs, slabs);
+  const Chunk chunk = round.chunk(args);
+  const ScoreTile at{chunk, chunk.first + int64_t{blockIdx.x} * kTile, (round.tile + blockIdx.y) * kTile};
+  if (!at.any(kTile)) return;
+  const Rows<const T> queries(args, chunk, static_cast<const T*>(args.q), nullptr, args.S);
+  const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
+  const Rows<const T> douts(args, chunk, static_cast<const T*>(args.dout), nullptr, args.E);
+  const Rows<const T> values(args, chunk, static_cast<const T*>(args.v), static_cast<const T*>(args.v_cache), args.E);
+  Tile tile;
+  tile.clear();
+  multiply(tile, slabs, 0, args.S, RowsOperand<T, V, true>{queries, at.query, chunk.keys, 0, args.S},
+           RowsOperand<T, V, true>{keys, at.key, chunk.keys, 0, args.S});
+  hide_keys(tile, args, at);
+  const A infinity = static_cast<A>(INFINITY);
+  const int64_t statistics = (chunk.b * args.H + chunk.h) * args.L + chunk.token + at.query;
+  const int64_t rows = chunk.keys - at.query;
+  UNROLL
+  for (int r = 0; r < Tile::kRows; ++r) {
+    const int row = Tile::row(r);
+    A shift = row < rows ? static_cast<const A*>(args.lse)[statistics + row] : infinity;
+    if (shift == -infinity) shift = infinity;  // a query without keys
+    UNROLL
+    for (int c = 0; c < Tile::kColumns; ++c) {
+      const A score = tile.sum[r][c];
+      tile.sum[r][c] = score == -infinity ? A(0) : exp(score - shift);
+    }
+  }
+  const int64_t offset = (round.strip() * scratch.query_tiles + blockIdx.x) * kTile * kTile;
+  Weight* P = scratch.P + offset;
+  Weight* dS = scratch.dS + offset;
+  tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(P + r * kTile + c, pack); });
+  sync_warp();  // the weights are there: lanes that share a row have stored each other's
+  tile.clear();
+  multiply(tile, slabs, 0, args.E, RowsOperand<T, V, true>{douts, at.query, chunk.keys, 0, args.E},
+           RowsOperand<T, V, true>{values, at.key, chunk.keys, 0, args.E});
+  UNROLL
+  for (int r = 0; r < Tile::kRows; ++r) {
+    const int row = Tile::row(r);
+    const A D = row < rows ? scratch.D[statistics + row] : A(0);
+    UNROLL
+    for (int c = 0; c < Tile::kColumns; c += Tile::kRun) {
+      // Back from memory: the registers had to hold the second product.
+      const auto weights = load<Tile::kRun>(P + row * kTile + Tile::column(c));
+      UNROLL
+      for (int i = 0; i < Tile::kRun; ++i) {
+        const A p = widen(weights.v[i]);
+        tile.sum[r][c + i] = p == 0 ? p : p * (tile.sum[r][c + i] - D);
+      }
+    }
+  }
+  tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(dS + r * kTile + c, pack); });
+}
+
+// Block (tile of columns of dv, then of dk; key tile, head).
+template <class T, class Tile, bool kPacked>
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
+    chunk_attention_dkv_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
+  constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
+  using Slabs = typename Tile::Slabs;
+  SHARED(Slabs, slabs);
+  const Chunk chunk = round.chunk(args);
+  const int64_t key = (round.tile + blockIdx.y) * kTile;
+  if (key >= chunk.keys || chunk.queries() == 0) return;
+  const int64_t value_tiles = ceil_div(args.E, kTile);
+  const bool is_value = blockIdx.x < value_tiles;
+  const int64_t column = (is_value ? blockIdx.x : blockIdx.x - value_tiles) * kTile,
+                columns = is_value ? args.E : args.S;
+  const Rows<const T> rows(args, chunk, static_cast<const T*>(is_value ? args.dout : args.q), nullptr, columns);
+  const WeightsOperand<Tile, false> weights{
+      (is_value ? scratch.P : scratch.dS) + round.strip() * scratch.query_tiles * kTile * kTile, kTile * kTile};
+  // From the tile of the first query that sees a key.
+  const int64_t begin = key <= chunk.first ? 0 : (key - chunk.first) / kTile * kTile;
+  Tile tile;
+  tile.clear();
+  multiply(tile, slabs, begin, chunk.queries(), weights,
+           RowsOperand<T, V, false>{rows, chunk.first, chunk.keys, column, columns});
+  const Rows<T> out(args, chunk, static_cast<T*>(is_value ? args.dv : args.dk),
+                    static_cast<T*>(is_value ? args.dv_cache : args.dk_cache), columns);
+  write_rows<kPacked>(tile, out, key, chunk.keys, column, columns);
+}
+
+// Block (query tile, tile of columns of dq, head).
+template <class T, class Tile, bool kPacked>
+__global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, Tile, kPacked> : 1)
+    chunk_attention_dq_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
+  using A = typename Tile::Sum;
+  constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
+  using Slabs = typename Tile::Slabs;
+  SHARED(Slabs, slabs);
+  const Chunk chunk = round.chunk(args);
+  const int64_t query_tile = gridDim.x - 1 - blockIdx.x;  // the longest rows first
+  const int64_t query = chunk.first + query_tile * kTile, key = round.tile * kTile;
+  if (query >= chunk.keys) return;
+  const int64_t queries_end = query + kTile < chunk.keys ? query + kTile : chunk.keys;
+  if (key >= queries_end) return;
+  const int64_t round_end = key + round.tiles * kTile;
+  const int64_t end = round_end < queries_end ? round_end : queries_end;
+  const int64_t column = int64_t{blockIdx.y} * kTile;
+  const int64_t tile_stride = scratch.query_tiles * kTile * kTile;
+  const WeightsOperand<Tile, true> weights{
+      scratch.dS + blockIdx.z * round.tiles * tile_stride + query_tile * kTile * kTile, tile_stride};
+  const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
+  Tile tile;
+  tile.clear();
+  multiply(tile, slabs, 0, end - key, weights, RowsOperand<T, V, false>{keys, key, chunk.keys, column, args.S});
+  const Rows<A> sums(args, chunk, scratch.dq, nullptr, args.S);  // used where a chunk takes several rounds
+  if (key > 0) {                                                 // what earlier rounds have summed
+    UNROLL
+    for (int r = 0; r < Tile::kRows; ++r) {
+      const int64_t place = query + Tile::row(r);
+      UNROLL
+      for (int c = 0; c < Tile::kColumns; ++c) {
+        const int64_t s = column + Tile::column(c);
+        if (place < queries_end && s < args.S) tile.sum[r][c] += sums.row(place)[s];
+      }
+    }
+  }
+  if (end < queries_end) {
+    write_rows<kPacked>(tile, sums, query, queries_end, column, args.S);
+  } else {
+    const Rows<T> dq(args, chunk, static_cast<T*>(args.dq), nullptr, args.S);
+    write_rows<kPacked>(tile, dq, query, queries_end, column, args.S);
+  }
+}
+
+template <class T, class Tile, bool kPacked>
+void backward(const ChunkAttentionBackward& args, void* stream) {
+  constexpr int V = kPacked ? kPackOf<T> : 1;
+  const BackwardScratch<Tile> scratch(args);
+  const int64_t row_blocks = ceil_div(args.B * args.L * args.H, kTileThreads / 32);
+  launch({"chunk_attention_dot", dim3(static_cast<unsigned>(row_blocks < 65535 ? row_blocks : 65535)),
+          dim3(kTileThreads), 0, stream},
+         chunk_attention_dot_kernel<T, V>, static_cast<const T*>(args.dout), static_cast<const T*>(args.o), scratch.D,
+         args.B, args.L, args.H, args.E);
+  const int64_t tiles = ceil_div(keys_of_chunk(args.L, args.C, args.cached), Tile::kTile);
+  const auto query_tiles = static_cast<unsigned>(scratch.query_tiles);
+  const auto key_columns = static_cast<unsigned>(ceil_div(args.S, Tile::kTile));
+  const auto columns = static_cast<unsigned>(ceil_div(args.E, Tile::kTile)) + key_columns;
+  for_rounds(args.B * args.H * args.chunks, tiles, scratch.strips, [&](const Round& round) {
+    const auto y = static_cast<unsigned>(round.tiles), z = static_cast<unsigned>(round.heads);
+    const dim3 block(kTileThreads);
+    launch({"chunk_attention_weigh_backward", dim3(query_tiles, y, z), block, 0, stream},
+           chunk_attention_weigh_backward_kernel<T, Tile, kPacked>, args, round, scratch);
+    if (columns > 0) {
+      launch({"chunk_attention_dkv", dim3(columns, y, z), block, 0, stream},
+             chunk_attention_dkv_kernel<T, Tile, kPacked>, args, round, scratch);
+    }
+    if (key_columns > 0) {
+      launch({"chunk_attention_dq", dim3(query_tiles, key_columns, z), block, 0, stream},
+             chunk_attention_dq_kernel<T, Tile, kPacked>, args, round, scratch);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace megalodon::cuda
