@@ -31,6 +31,13 @@ def test_examples_run(example: str) -> None:
     exec(compile(example, "README.md", "exec"), {})
 
 
+@pytest.mark.parametrize("name", ["generation.md", "loss.md"])
+def test_documents_run(name: str) -> None:
+    """Their examples build on each other: one program."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
+    exec(compile("\n".join(examples), name, "exec"), {})
+
+
 def test_links_lead_somewhere() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import assert_same_state
 from small_model import random_tokens, small_model
 
 from megalodon_ops import _files
+from megalodon_ops._prefill import prefill
 from megalodon_ops.beam import beam_search
 from megalodon_ops.generation import Generated, generate
 from megalodon_ops.model import Megalodon
@@ -331,6 +333,33 @@ def test_bad_prompts() -> None:
             generate(model, [[1]], **{"max_new_tokens": 3, **options})
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
         generate(small_model(dropout=0.1).train(), [[1]], 3)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 31, 32, 33, 36, 37, 40, 41, 47, 60])
+def test_recent_norms_are_the_released_codes(length: int) -> None:
+    """Its schedule, written down: chunks two by two, the statistics of the last six from 8 on."""
+    model = small_model()
+    chunk, text = 4, random_tokens(1, length)
+    with torch.no_grad():
+        state, whole = model.init_state(1), (length - 1) // chunk
+        for first in range(0, whole, 2):
+            end = min(first + 2, whole) * chunk
+            state = model(text[:, first * chunk : end], state, return_state=True)[1]
+            if end >= 8 * chunk:
+                fresh = model(text[:, end - 6 * chunk : end], return_state=True)[1]
+                state = state.with_norms(fresh)
+        want, state = model(text[:, whole * chunk :], state, return_state=True)
+        got, after = prefill(model, [text[0], text[0, :3]], recent_norms=True)
+        torch.testing.assert_close(got[:1], want[:, -1], rtol=1e-9, atol=1e-10)
+        assert_same_state(after.select(0), state)
+        plain = prefill(model, [text[0]])[0]
+    assert torch.allclose(plain, got[:1], rtol=1e-6) == (length <= 32)
+    seen = length if length <= 32 else 6 * chunk + 1 + (length - 1) % chunk
+    assert after.layers[0].norm.count[0] == seen
+    expected = generate(model, [text[0]], 3, GREEDY, recent_norms=True)[0].tokens
+    assert expected[0] == int(want[0, -1].argmax())
+    with pytest.raises(ValueError, match="recent_norms: wanted state=None"):
+        prefill(model, [[1]], after.select(0), recent_norms=True)
 
 
 # Sessions

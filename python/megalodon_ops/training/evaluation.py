@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from megalodon_ops.loss import cross_entropy
 from megalodon_ops.model import Megalodon
 
 DEFAULT_PIECE = 2048
@@ -45,8 +45,11 @@ class ModelCoder:
             self.bits += 8.0
         inputs, targets = self._last + piece[:-1], piece if self._last else piece[1:]
         if inputs:
-            logits = self._model(byte_tensor(inputs), self._state, inplace_state=True)
-            nats = F.cross_entropy(logits[0], byte_tensor(targets)[0], reduction="none")
+            hidden = self._model(
+                byte_tensor(inputs), self._state, inplace_state=True, outputs="hidden"
+            )
+            weight = self._model.output.output.weight
+            nats = cross_entropy(hidden, weight, byte_tensor(targets), reduction="none")
             self.bits += nats.double().sum().item() / math.log(2)
         self._last = piece[-1:]
         self.count += len(piece)
