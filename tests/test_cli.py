@@ -25,10 +25,11 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 for needed in ("typer", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
-from megalodon_ops import cli, generation  # noqa: E402
+from megalodon_ops import checkpoint, cli, generation  # noqa: E402
+from megalodon_ops._files import write_atomically  # noqa: E402
 from megalodon_ops.generation import Sampling, Timing, sample  # noqa: E402
 from megalodon_ops.training import checkpoint as checkpoints  # noqa: E402
-from megalodon_ops.training.checkpoint import load, load_model, write_atomically  # noqa: E402
+from megalodon_ops.training.checkpoint import load, load_model  # noqa: E402
 from megalodon_ops.training.data import Windows, open_corpus, split_point  # noqa: E402
 from megalodon_ops.training.errors import CommandError  # noqa: E402
 from megalodon_ops.training.evaluation import bits_per_byte, byte_tensor, compare  # noqa: E402
@@ -439,7 +440,7 @@ def test_bad_checkpoints(
 def test_a_header_that_is_not_ours(trained: Path, tmp_path: Path) -> None:
     weights = {"a": torch.zeros(1)}
     path = tmp_path / "file.safetensors"
-    good = {"format": checkpoints.FORMAT, "version": "1", "config": "{}", "settings": "{}"}
+    good = {"format": checkpoint.FORMAT, "version": "1", "config": "{}", "settings": "{}"}
     for change in (
         {"version": "2"},
         {"version": "x"},

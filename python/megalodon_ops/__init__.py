@@ -33,12 +33,19 @@ if HAS_TORCH:
 
     _torch.attach()
 
+    from megalodon_ops.checkpoint import load_checkpoint, save_checkpoint
     from megalodon_ops.functional import *  # noqa: F403
     from megalodon_ops.functional import __all__ as _functional_names
     from megalodon_ops.model import Megalodon
     from megalodon_ops.state import MegalodonState
 
-    __all__ += ["Megalodon", "MegalodonState", *_functional_names]
+    __all__ += [
+        "Megalodon",
+        "MegalodonState",
+        "load_checkpoint",
+        "save_checkpoint",
+        *_functional_names,
+    ]
 else:
 
     def __getattr__(name: str) -> Any:

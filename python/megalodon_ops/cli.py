@@ -1,4 +1,4 @@
-"""The `megalodon` command: train, generate, eval, bench, info.
+"""The `megalodon` command: train, generate, eval, convert, bench, info.
 
 This module only reads arguments and prints; the work is in `training/` and `generation.py`. Torch
 is imported inside the commands, so that `--help` and usage errors are immediate.
@@ -132,6 +132,7 @@ def _train(
     overwrite: bool,
     stop_after: int | None,
 ) -> int:
+    from megalodon_ops.checkpoint import FILE_NAME
     from megalodon_ops.training import checkpoint as checkpoints
     from megalodon_ops.training import options as settings
     from megalodon_ops.training.data import open_corpus
@@ -151,7 +152,7 @@ def _train(
     else:
         config = settings.build_config(preset, shape)
         options = settings.TrainOptions(**given)
-        if (out / checkpoints.FILE_NAME).exists() and not overwrite:
+        if (out / FILE_NAME).exists() and not overwrite:
             raise CommandError(
                 f"{out} already holds a run: --resume goes on with it, --overwrite discards it"
             )
@@ -329,6 +330,43 @@ def _held_out(saved: Checkpoint) -> tuple[Corpus, int]:
     if start >= corpus.size:
         raise CommandError("this run kept no part of its corpus from training; name a file instead")
     return corpus, start
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint: a run's folder, an official folder, or a file.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(help="Where to: FILE.safetensors, or a new folder (official).")
+    ],
+    num_shards: Annotated[
+        int, typer.Option(min=1, help="Model-parallel ranks of an official checkpoint.")
+    ] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16 or float64.", show_default="the source's"),
+    ] = None,
+) -> int:
+    """Convert between our safetensors file and the official consolidated checkpoints."""
+    import torch
+
+    from megalodon_ops.checkpoint import load_checkpoint, save_checkpoint
+
+    kinds = ("float32", "bfloat16", "float16", "float64")
+    if dtype is not None and dtype not in kinds:
+        raise CommandError(f"--dtype must be one of {', '.join(kinds)}; got {dtype}")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise CommandError(f"{target} exists already; name another target")
+    kind = "safetensors" if target.suffix == ".safetensors" else "official"
+    try:
+        model = load_checkpoint(source, dtype=getattr(torch, dtype) if dtype else None)
+        save_checkpoint(model, target, format=kind, num_shards=num_shards)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{target}: {kind}, {count:,} parameters, {model.embed.weight.dtype}")
+    return 0
 
 
 @app.command()
