@@ -26,7 +26,7 @@ for needed in ("typer", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
 from megalodon_ops import checkpoint, cli, generation  # noqa: E402
-from megalodon_ops._files import write_atomically  # noqa: E402
+from megalodon_ops._atomic import write_atomically  # noqa: E402
 from megalodon_ops.generation import Sampling, Timing, sample  # noqa: E402
 from megalodon_ops.training import checkpoint as checkpoints  # noqa: E402
 from megalodon_ops.training.checkpoint import load, load_model  # noqa: E402

@@ -35,7 +35,9 @@ def test_examples_run(example: str) -> None:
     exec(compile(example, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize(("page", "needed"), [("checkpoints", ["safetensors"])])
+@pytest.mark.parametrize(
+    ("page", "needed"), [("checkpoints", ["safetensors"]), ("huggingface", ["transformers"])]
+)
 def test_a_pages_examples_run(
     page: str, needed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _fit, official
-from ._files import replacing
+from ._atomic import replacing
 from .config import MegalodonConfig
 from .model import Megalodon
 

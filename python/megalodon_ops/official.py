@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._files import new_folder
+from ._atomic import new_folder
 from .config import MegalodonConfig
 
 if TYPE_CHECKING:
