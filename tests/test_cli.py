@@ -25,9 +25,10 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 for needed in ("typer", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
-from megalodon_ops import checkpoint, cli, generation  # noqa: E402
+from megalodon_ops import checkpoint, cli  # noqa: E402
 from megalodon_ops._atomic import write_atomically  # noqa: E402
-from megalodon_ops.generation import Sampling, Timing, sample  # noqa: E402
+from megalodon_ops.sampling import Sampling  # noqa: E402
+from megalodon_ops.session import Event, Session  # noqa: E402
 from megalodon_ops.training import checkpoint as checkpoints  # noqa: E402
 from megalodon_ops.training.checkpoint import load, load_model  # noqa: E402
 from megalodon_ops.training.data import Windows, open_corpus, split_point  # noqa: E402
@@ -362,6 +363,14 @@ def test_bad_options(
         ([*generate, "--temperature", "nan"], "--temperature must be"),
         ([*generate, "--top-p", 0], "--top-p must be"),
         ([*generate, "--top-k", -2], "--top-k must be"),
+        ([*generate, "--min-p", 1.5], "--min-p must be from 0 to 1; got 1.5"),
+        ([*generate, "--repetition-penalty", 0], "--repetition-penalty must be"),
+        ([*generate, "--repetition-window", -1], "--repetition-window must be"),
+        ([*generate, "--stop", ""], "--stop must not be empty"),
+        ([*generate, "--beams", 2, "--top-k", 3], "it excludes the options of sampling"),
+        ([*generate, "--beams", 2, "--save-state", tmp_path / "a"], "it excludes --save-state"),
+        ([*generate[:-1], 0, "--beams", 2], "--beams needs a --max-new-tokens above 0"),
+        ([*generate, "--save-state", tmp_path / "absent" / "state"], "No such file"),
         ([*generate, "--prompt", "a", "--prompt-file", corpus], "not both"),
         ([*generate, "--prompt-file", tmp_path / "absent"], "cannot read the prompt"),
         (["eval", tmp_path / "absent", "--checkpoint", trained], "No such file"),
@@ -564,48 +573,92 @@ def test_generate_is_reproducible_by_seed(
     assert b"line" + unechoed == texts[0]
 
 
-def test_generate_at_temperature_zero_is_argmax(trained: Path) -> None:
-    """Past a chunk boundary, and for a prompt prefilled in pieces: equal to the whole forward."""
+def test_generate_at_temperature_zero_is_argmax(
+    trained: Path, corpus: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     model, _ = load_model(trained)
-    pieces = [TEXT[:11], b"", TEXT[11:21]]
-    timing = Timing()
-    tokens = list(generation.generate(model, pieces, Sampling(0), 0, 12, timing))
+    corpus.write_bytes(TEXT[:21])
+    made = generated(
+        capfdbinary, "--checkpoint", trained, "--prompt-file", corpus, "--no-echo",
+        "--temperature", 0, "--max-new-tokens", 12,
+    )  # fmt: skip
     context = list(TEXT[:21])
-    for token in tokens:
+    for _ in range(12):
         with torch.no_grad():
-            assert token == int(model(torch.tensor([context]))[0, -1].argmax())
-        context.append(token)
-    assert (timing.prompt_tokens, timing.tokens) == (21, 12)
+            context.append(int(model(torch.tensor([context]))[0, -1].argmax()))
+    assert made.decode() == bytes(context[21:]).decode(errors="replace") + "\n"
 
 
-def test_sampling_options() -> None:
-    logits = torch.tensor([0.0, 3.0, 1.0, 2.0, -math.inf])
-    generator = torch.Generator().manual_seed(0)
+def test_stop_and_saved_states(
+    trained: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    state = tmp_path / "state"
+    options = ["--checkpoint", trained, "--temperature", 2, "--no-echo"]
+    prompt = ["--prompt", "line", "--seed", 3]
+    model, _ = load_model(trained)
+    session = Session(model, Sampling(temperature=2.0))
+    session.add([b"line"], seed=3)
+    tokens = bytes(token for _ in range(40) for token in session.step()[0].tokens)
+    cut = next(i for i in range(3, 40) if 33 <= tokens[i] < 127 and tokens[i] not in tokens[:i])
+    stopped = generated(
+        capfdbinary, *options, *prompt, "--stop", chr(tokens[cut]), "--stop", "never"
+    )
+    assert stopped.decode() == tokens[:cut].decode(errors="replace") + "\n"
 
-    def seen(sampling: Sampling) -> set[int]:
-        return {sample(logits, sampling, generator) for _ in range(200)}
+    first = generated(capfdbinary, *options, *prompt, "--max-new-tokens", 15, "--save-state", state)
+    again = ["--checkpoint", trained, "--no-echo", "--load-state", state, "--max-new-tokens", 25]
+    second = generated(capfdbinary, *again)
+    assert first.decode() == tokens[:15].decode(errors="replace") + "\n"
+    assert second.decode() == tokens[15:].decode(errors="replace") + "\n"
+    # More prompt after a state, and other options than those it was saved with.
+    more = generated(capfdbinary, *again, "--prompt", " 7", "--temperature", 0)
+    assert more == generated(capfdbinary, *again, "--prompt", " 7", "--temperature", 0, "--seed", 9)
 
-    assert seen(Sampling(1.0)) == {0, 1, 2, 3}
-    assert seen(Sampling(1.0, top_k=2)) == {1, 3}
-    assert seen(Sampling(1.0, top_k=99)) == {0, 1, 2, 3}
-    assert seen(Sampling(1.0, top_p=0.5)) == {1}
-    assert seen(Sampling(1.0, top_p=1e-9)) == {1}
-    assert seen(Sampling(1.0, top_p=0.7)) == {1, 3}
-    assert seen(Sampling(1e-300)) == {1}
-    counts = [sample(logits, Sampling(1.0), generator) for _ in range(4000)].count(1) / 4000
-    assert counts == pytest.approx(float(logits.softmax(0)[1]), abs=0.04)
-    with pytest.raises(CommandError, match="not finite"):
-        sample(torch.tensor([0.0, math.nan]), Sampling(), generator)
+
+def test_ctrl_c_saves_the_state(trained: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    process = start(
+        "generate", "--checkpoint", trained, "--max-new-tokens", 0, "--save-state", state
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == ""
+    assert len(Session.load(state, load_model(trained)[0]).rows) == 1
+
+
+def test_beams(trained: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    options = ["--checkpoint", trained, "--prompt", "li", "--max-new-tokens", 9]
+    greedy = generated(capfdbinary, *options, "--temperature", 0)
+    assert generated(capfdbinary, *options, "--beams", 1) == greedy
+    assert cli.main(["generate", *map(str, options), "--beams", "3", "--timing"]) == 0
+    output = capfdbinary.readouterr()
+    assert output.out.startswith(b"li")
+    assert b"log probability -" in output.err
+
+
+def test_bad_state_files(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / "state"
+    base = ["generate", "--checkpoint", str(trained), "--load-state", str(state)]
+    assert "No such file" in one_line(capfd, cli.main(base))
+    assert cli.main([*base[:3], "--save-state", str(state), "--max-new-tokens", "1"]) == 0
+    capfd.readouterr()
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-5])
+    assert "truncated" in one_line(capfd, cli.main(base))
+    state.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    assert "damaged" in one_line(capfd, cli.main(base))
 
 
 def test_characters_are_printed_when_complete(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     wanted = "é€😀".encode()
-    monkeypatch.setattr(
-        generation, "generate", lambda *arguments: iter([*wanted, 0xFF, *b"a", 0xE2, 0x82])
-    )
-    out = generated(capfdbinary, "--checkpoint", trained, "--no-echo")
+    tokens = iter([*wanted, 0xFF, *b"a", 0xE2, 0x82])
+    monkeypatch.setattr(Session, "step", lambda self: [Event(0, (next(tokens),))])
+    out = generated(capfdbinary, "--checkpoint", trained, "--no-echo", "--max-new-tokens", 13)
     assert out.decode() == "é€😀\ufffda\ufffd\n"
 
 

@@ -195,8 +195,9 @@ def test_padding_is_skipped(kind: str, grad: bool) -> None:
     tokens, more = random_tokens(3, 6), random_tokens(3, 2, seed=1)
     with torch.set_grad_enabled(grad):
         out = model_hf(tokens, attention_mask=mask, use_cache=True)
-        last = model_hf(tokens, attention_mask=mask, logits_to_keep=2).logits
-        torch.testing.assert_close(last, out.logits[:, -2:])
+        for keep in (1, 2):
+            last = model_hf(tokens, attention_mask=mask, logits_to_keep=keep).logits
+            torch.testing.assert_close(last, out.logits[:, -keep:])
         other = model_hf(tokens.where(mask.bool(), 0), attention_mask=mask, use_cache=False)
         torch.testing.assert_close(other.logits, out.logits)
         both = torch.cat([mask, torch.ones(3, 2, dtype=torch.int64)], 1)
@@ -342,7 +343,7 @@ def test_byte_tokenizer(tmp_path: Path) -> None:
 def test_pipeline_on_a_trained_model(tmp_path: Path) -> None:
     for needed in ("typer", "rich", "matplotlib"):
         pytest.importorskip(needed)
-    from megalodon_ops import cli, generation
+    from megalodon_ops import Sampling, cli, generate
 
     (tmp_path / "text").write_text("the quick brown fox\n" * 200)
     sizes = "--model-dim=16 --num-layers=2 --z-dim=8 --value-dim=12 --ffn-hidden-dim=16"
@@ -358,6 +359,6 @@ def test_pipeline_on_a_trained_model(tmp_path: Path) -> None:
     prompts = ["the quick", "the quick brown f"]
     made = pipeline(prompts, max_new_tokens=12, do_sample=False, batch_size=2)
     for prompt, result in zip(prompts, made, strict=True):
-        ours = generation.generate(model, [prompt.encode()], generation.Sampling(0), 0, 12)
+        ours = generate(model, [prompt.encode()], 12, Sampling(0))[0].tokens
         text = prompt + bytes(ours).decode(errors="replace")
         assert result[0]["generated_text"] == text

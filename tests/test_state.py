@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from small_model import random_tokens, small_config, small_model
 
+from megalodon_ops import _files
 from megalodon_ops.model import Megalodon
 from megalodon_ops.state import MegalodonState
 
@@ -120,8 +121,12 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="truncated, or not a safetensors file"):
         MegalodonState.load(path)
     save_file({"a": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="not a MegalodonState: format: wanted 'megalodon_ops"):
+    with pytest.raises(ValueError, match=r"format: wanted 'megalodon_ops\.state'; got None"):
         MegalodonState.load(path)
+    for at in [*range(0, len(whole) - 1, 31), len(whole) - 1]:  # header, names, metadata, tensors
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"truncated, or not|(format|version): wanted|damaged"):
+            MegalodonState.load(path)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="config: the state belongs to a model of config"):
         MegalodonState.load(path, small_config(chunk_size=8))
@@ -133,22 +138,22 @@ def test_files_with_missing_or_misshapen_tensors(tmp_path: Path) -> None:
     path = tmp_path / "state"
     metadata = {
         "format": "megalodon_ops.state",
-        "version": "1",
+        "version": "2",
         "fingerprint": state.fingerprint,
         "num_layers": "2",
     }
     named = state.tensors()
-    save_file({n: t for n, t in named.items() if n != "layers.1.cema_h"}, path, metadata)
+    _files.write(path, {n: t for n, t in named.items() if n != "layers.1.cema_h"}, metadata)
     with pytest.raises(ValueError, match=r"not a complete MegalodonState: .*layers\.1\.cema_h"):
         MegalodonState.load(path)
-    save_file({**named, "position": torch.zeros(1, dtype=torch.int64)}, path, metadata)
+    _files.write(path, {**named, "position": torch.zeros(1, dtype=torch.int64)}, metadata)
     with pytest.raises(ValueError, match="not a complete MegalodonState: state: shape"):
         MegalodonState.load(path, model.config)
-    save_file({**named, "extra": torch.zeros(1)}, path, metadata)
+    _files.write(path, {**named, "extra": torch.zeros(1)}, metadata)
     with pytest.raises(ValueError, match="tensors of another kind"):
         MegalodonState.load(path)
-    save_file(named, path, {**metadata, "version": "2"})
-    with pytest.raises(ValueError, match="version: wanted 1; got 2"):
+    _files.write(path, named, {**metadata, "version": "1"})
+    with pytest.raises(ValueError, match="version: wanted '2'; got '1'"):
         MegalodonState.load(path)
 
 

@@ -33,16 +33,29 @@ if HAS_TORCH:
 
     _torch.attach()
 
+    from megalodon_ops._prefill import prefill
+    from megalodon_ops.beam import Hypothesis, beam_search
     from megalodon_ops.checkpoint import load_checkpoint, save_checkpoint
     from megalodon_ops.functional import *  # noqa: F403
     from megalodon_ops.functional import __all__ as _functional_names
+    from megalodon_ops.generation import Generated, generate
     from megalodon_ops.model import Megalodon
+    from megalodon_ops.sampling import Sampling
+    from megalodon_ops.session import Event, Session
     from megalodon_ops.state import MegalodonState
 
     __all__ += [
+        "Event",
+        "Generated",
+        "Hypothesis",
         "Megalodon",
         "MegalodonState",
+        "Sampling",
+        "Session",
+        "beam_search",
+        "generate",
         "load_checkpoint",
+        "prefill",
         "save_checkpoint",
         *_functional_names,
     ]

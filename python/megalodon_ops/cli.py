@@ -1,17 +1,17 @@
 """The `megalodon` command: train, generate, eval, convert, bench, info.
 
-This module only reads arguments and prints; the work is in `training/` and `generation.py`. Torch
-is imported inside the commands, so that `--help` and usage errors are immediate.
+This module only reads arguments and prints; the work is in `training/` and
+`generate_command.py`. Torch is imported inside the commands, so that `--help` and usage errors are
+immediate.
 """
 
 from __future__ import annotations
 
-import codecs
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     from megalodon_ops.training.data import Corpus
 
 DEFAULT_OUT = "runs/megalodon"
-PREFILL = 2048
 NEEDED = ("torch", "safetensors", "matplotlib", "numpy")  # typer and rich: see the imports
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell reports it
 
 app = typer.Typer(
     help="Train, evaluate and run Megalodon language models on bytes.",
@@ -189,6 +187,12 @@ def _saved_options(saved: Checkpoint) -> Any:
     return read_options(saved.settings.get("options", {}))
 
 
+def _drawing(help_text: str, default: object) -> Any:
+    return typer.Option(
+        help=help_text, show_default=f"{default}, or the loaded state's", rich_help_panel="Sampling"
+    )
+
+
 @app.command()
 def generate(
     checkpoint: Annotated[
@@ -201,81 +205,66 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Bytes to make; 0: go on until Ctrl-C.")
     ] = 512,
-    temperature: Annotated[float, typer.Option(help="0: always the most likely byte.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Choose among the k most likely; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest of this sum.")] = 1.0,
+    temperature: Annotated[float | None, _drawing("0: always the most likely byte.", 0.8)] = None,
+    top_k: Annotated[int | None, _drawing("Choose among the k most likely; 0: all.", 0)] = None,
+    top_p: Annotated[float | None, _drawing("Choose among the likeliest of this sum.", 1)] = None,
+    min_p: Annotated[
+        float | None, _drawing("Choose among those this likely beside the likeliest.", 0)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, _drawing("Above 1: what was there becomes less likely.", 1)
+    ] = None,
+    repetition_window: Annotated[
+        int | None, _drawing("Only the last so many bytes were there; 0: all.", 0)
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, show_default="random")] = None,
+    beams: Annotated[
+        int, typer.Option(min=0, help="Search the likeliest text with so many beams; 0: draw.")
+    ] = 0,
+    length_penalty: Annotated[
+        float, typer.Option(help="Of beams: above 1 favours longer texts.")
+    ] = 1.0,
+    load_state: Annotated[
+        str | None, typer.Option(help="Go on from this file of --save-state.")
+    ] = None,
+    save_state: Annotated[
+        str | None, typer.Option(help="Write the state at the end, or at Ctrl-C, to this file.")
+    ] = None,
     echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.")] = True,
     timing: Annotated[bool, typer.Option("--timing", help="Print ms/token at the end.")] = False,
 ) -> int:
     """Stream text from a checkpoint as it is made, at constant memory."""
-    from megalodon_ops.generation import Sampling, Timing
-    from megalodon_ops.generation import generate as generate_tokens
+    from megalodon_ops.generate_command import Request, run
     from megalodon_ops.training.checkpoint import load_model
 
-    sampling = Sampling(temperature, top_k, top_p)
-    if prompt and prompt_file is not None:
-        raise CommandError("give --prompt or --prompt-file, not both")
+    drawing = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "repetition_window": repetition_window,
+    }
+    request = Request(
+        prompt,
+        prompt_file,
+        max_new_tokens or None,
+        {name: value for name, value in drawing.items() if value is not None},
+        tuple(text.encode("utf-8", "surrogateescape") for text in stop or ()),
+        seed,
+        beams,
+        length_penalty,
+        load_state,
+        save_state,
+        echo,
+        timing,
+    )
+    request.check()
     model, _ = load_model(checkpoint)
-    pieces = _prompt_pieces(prompt, prompt_file)
-    # A character may span several tokens: it is printed when complete, and bytes that are no UTF-8
-    # become the replacement character, here as in the prompt.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def show(data: bytes, final: bool = False) -> None:
-        # Straight to the binary stream: the locale's encoding may not have the character.
-        sys.stdout.buffer.write(decoder.decode(data, final).encode())
-        sys.stdout.buffer.flush()
-
-    def echoed() -> Iterator[bytes]:
-        for piece in pieces:
-            if echo:
-                show(piece)
-            yield piece
-
-    clock = Timing()
-    interrupted = False
-    try:
-        if seed is None:
-            seed = int.from_bytes(os.urandom(4), "little")
-        tokens = generate_tokens(model, echoed(), sampling, seed, max_new_tokens or None, clock)
-        try:
-            for token in tokens:
-                show(bytes([token]))
-        except KeyboardInterrupt:
-            interrupted = True
-        show(b"", final=True)
-        sys.stdout.buffer.write(b"\n")
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        # The reader (`| head`) has enough. Python must not fail once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE_CLOSED
-    if timing:
-        print(
-            f"prompt: {clock.prompt_tokens} tokens in {1e3 * clock.prompt_seconds:.1f} ms; then "
-            f"{clock.tokens} tokens at {1e3 * clock.seconds / max(1, clock.tokens):.3f} ms/token "
-            f"(seed {seed})",
-            file=sys.stderr,
-        )
-    return EXIT_INTERRUPTED if interrupted else 0
-
-
-def _prompt_pieces(prompt: str, prompt_file: str | None) -> Iterator[bytes]:
-    """The prompt's bytes, in pieces that are each prefilled in one call."""
-
-    if prompt_file is None:
-        # surrogateescape: bytes of the command line that are no UTF-8 come back as they were.
-        data = prompt.encode("utf-8", "surrogateescape")
-        for at in range(0, len(data), PREFILL):
-            yield data[at : at + PREFILL]
-        return
-    try:
-        with open(0 if prompt_file == "-" else prompt_file, "rb") as file:
-            while piece := file.read(PREFILL):
-                yield piece
-    except OSError as error:
-        raise CommandError(f"cannot read the prompt {prompt_file}: {error.strerror}") from error
+    return run(model, request)
 
 
 @app.command(name="eval")

@@ -1,108 +1,83 @@
-"""Text from a model, one byte at a time, for as long as wanted, at constant memory."""
+"""`generate`: continue prompts of any lengths, at constant memory."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import torch
-
-from megalodon_ops.model import Megalodon
-from megalodon_ops.training.errors import CommandError
-from megalodon_ops.training.evaluation import byte_tensor
-
-# What an empty prompt means: text begins after a line break.
-EMPTY_PROMPT = b"\n"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next byte is drawn from the logits.
-
-    temperature: divides the logits; 0 means the most likely byte. top_k: only the k most likely (0:
-    all). top_p: only the fewest whose probabilities reach p (1: all), applied after top_k.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise CommandError(f"--temperature must be 0 or more; got {self.temperature}")
-        if self.top_k < 0:
-            raise CommandError(f"--top-k must be 0 (all) or more; got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise CommandError(f"--top-p must be above 0 and at most 1; got {self.top_p}")
+from ._prefill import DEFAULT_PIECE, Prompt
+from .model import Megalodon
+from .sampling import Sampling
+from .session import Event, Session, TokenBytes, seeds_of
+from .stopping import Stop
 
 
 @dataclass
-class Timing:
-    """Filled in while text is made: tokens and seconds of the prompt and of decoding."""
+class Generated:
+    """One prompt's continuation: tokens, without a stop sequence; the others as in `Event`."""
 
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw one token from `logits` (V); raises CommandError where they are no numbers."""
-    if not math.isfinite(float(logits.max())):
-        raise CommandError("the model's output is not finite; its weights are damaged")
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    # Subtracting the maximum first keeps a tiny temperature from making inf - inf.
-    scores = (logits.double() - logits.max()) / sampling.temperature
-    probabilities, tokens = torch.softmax(scores, -1).sort(descending=True, stable=True)
-    if sampling.top_k:
-        probabilities = probabilities[: sampling.top_k]
-        probabilities = probabilities / probabilities.sum()
-    total = probabilities.cumsum(-1)
-    if sampling.top_p < 1:
-        # A token stays when those before it do not reach p; the first always stays.
-        total = total[: int((total - probabilities < sampling.top_p).sum())]
-    # The inverse of the cumulative distribution: one uniform draw a token, whatever the options.
-    draw = torch.rand((), dtype=torch.float64, generator=generator) * total[-1]
-    index = min(int(torch.searchsorted(total, draw, right=True)), len(total) - 1)
-    return int(tokens[index])
+    tokens: list[int] = field(default_factory=list)
+    finish: str = "length"
+    stop: Stop | None = None
+    rest: bytes = b""
 
 
-@torch.inference_mode()
 def generate(
     model: Megalodon,
-    prompt: Iterable[bytes],
-    sampling: Sampling,
-    seed: int,
-    max_new_tokens: int | None = None,
-    timing: Timing | None = None,
-) -> Iterator[int]:
-    """Yield new tokens after `prompt` (pieces, each prefilled in one call); None: without end.
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    stop: Sequence[Stop] = (),
+    token_bytes: TokenBytes | None = None,
+    seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
+    piece: int = DEFAULT_PIECE,
+    on_event: Callable[[Event], None] | None = None,
+) -> list[Generated]:
+    """Continue prompts of any lengths.
 
-    One state of fixed size is carried on; nothing grows with the number of tokens.
+    Args:
+        model: in eval mode, if it has any dropout.
+        prompts: one per row, as for `prefill`.
+        max_new_tokens: the most tokens for each, 0 or more.
+        sampling: `Sampling(temperature=0)` is greedy; None is `Sampling()`.
+        stop, token_bytes, piece: as for `Session`.
+        seed: of row i: seed + i, or the i-th of a sequence. A row's text depends on its prompt and
+            its seed, not on the rows beside it.
+        batch_size: rows decoded at a time, the next one joining when one is done; None: all.
+        on_event: told every `Event` as it happens, with row = the prompt's index (streaming).
+
+    Returns:
+        one `Generated` per prompt, in order.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument does not fit; the message names it.
     """
-    timing = timing if timing is not None else Timing()
-    generator = torch.Generator().manual_seed(seed)
-    state = model.init_state(1)
-    logits: torch.Tensor | None = None
-    begin = time.perf_counter()
-    for piece in prompt:
-        if piece:
-            logits = model(byte_tensor(piece), state, inplace_state=True)
-            timing.prompt_tokens += len(piece)
-    if logits is None:
-        logits = model(byte_tensor(EMPTY_PROMPT), state, inplace_state=True)
-    timing.prompt_seconds = time.perf_counter() - begin
-
-    token_tensor = torch.empty((1, 1), dtype=torch.int64)
-    while max_new_tokens is None or timing.tokens < max_new_tokens:
-        begin = time.perf_counter()
-        if timing.tokens:
-            logits = model(token_tensor, state, inplace_state=True)
-        token = sample(logits[0, -1], sampling, generator)
-        token_tensor.fill_(token)
-        timing.tokens += 1
-        timing.seconds += time.perf_counter() - begin
-        yield token
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens: wanted an int; got {max_new_tokens!r}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: wanted 0 or more; got {max_new_tokens}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: wanted None or 1 or more; got {batch_size}")
+    session = Session(model, sampling, stop=stop, token_bytes=token_bytes, piece=piece)
+    seeds = seeds_of(seed, len(prompts))
+    results = [Generated() for _ in prompts]
+    if max_new_tokens == 0:
+        return results
+    begun = 0
+    while begun < len(prompts) or session.rows:
+        free = (batch_size or len(prompts)) - len(session.rows)
+        if free and begun < len(prompts):
+            end = begun + free
+            session.add(prompts[begun:end], seeds[begun:end], max_new_tokens)
+            begun = min(end, len(prompts))
+        for event in session.step():
+            result = results[event.row]
+            result.tokens += event.tokens
+            if event.finish is not None:
+                result.finish = event.finish
+                result.stop, result.rest = event.stop, event.rest
+            if on_event is not None:
+                on_event(event)
+    return results

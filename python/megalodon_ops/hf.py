@@ -338,7 +338,7 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
         if state is None:
             state = self.model.init_state(tokens.shape[0])
         for piece in tokens[:, :early].split(PREFILL, dim=1):
-            self.model(piece, state, inplace_state=True)
+            self.model(piece, state, inplace_state=True, outputs="last")
         logits = self.model(tokens[:, early:], state, inplace_state=True)
         return logits[:, logits.shape[1] - keep :], state
 
@@ -350,30 +350,22 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
         keep: int,
         want_state: bool,
     ) -> tuple[Tensor, MegalodonState | None]:
-        """The same without the padding: rows of as many tokens are run together."""
+        """The same without the padding, which is moved behind each row's tokens."""
         lengths = mask.sum(1)
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        moved = tokens.gather(1, order)[:, : int(lengths.max())]
+        outputs = "last" if keep == 1 else "logits"
+        out = self.model(moved, state, return_state=want_state, lengths=lengths, outputs=outputs)
+        logits, after = out if want_state else (out, None)
+        if keep == 1:
+            return logits.masked_fill((lengths == 0)[:, None], 0.0)[:, None], after
         # For each kept column the number of tokens up to it, so the index of the last of them.
         last = mask.cumsum(1)[:, mask.shape[1] - keep :] - 1
-        order, logits, states = [], [], []
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero().flatten()
-            part = tokens[rows][mask[rows]].view(len(rows), length)
-            before = None if state is None else state.index_select(rows)
-            kept = min(keep, length)
-            made, after = self._run(part, before, kept, want_state)
-            index = last[rows] - (length - kept)
-            if kept:
-                made = made[torch.arange(len(rows), device=rows.device)[:, None], index.clamp(0)]
-                made = made.masked_fill((index < 0)[..., None], 0.0)
-            else:
-                made = made.new_zeros(len(rows), keep, made.shape[2])
-            order.append(rows)
-            logits.append(made)
-            if after is not None:
-                states.append(after)
-        back = torch.cat(order).argsort()
-        joined = MegalodonState.cat(states).index_select(back) if want_state else None
-        return torch.cat(logits)[back], joined
+        if not moved.shape[1]:
+            return logits.new_zeros(*last.shape, logits.shape[2]), after
+        rows = torch.arange(len(lengths), device=mask.device)[:, None]
+        picked = logits[rows, last.clamp(min=0)]
+        return picked.masked_fill((last < 0)[..., None], 0.0), after
 
 
 def _padding(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from .functional import TimestepNormState
 from .nn import Block, TimestepNorm
 from .nn.init import Embedding, OutputLinear
 from .nn.precision import KeepsPrecision, activation_dtype
+from .nn.ragged import Ragged
 from .state import LayerState, MegalodonState
+
+OUTPUTS = ("logits", "last", "hidden")
 
 
 class Rope(KeepsPrecision):
@@ -85,10 +88,18 @@ class Output(nn.Module):
         self.output = OutputLinear(config.model_dim, config.num_outputs)
 
     def forward(
-        self, x: Tensor, state: TimestepNormState | None = None
+        self,
+        x: Tensor,
+        state: TimestepNormState | None = None,
+        ragged: Ragged | None = None,
+        outputs: str = "logits",
     ) -> tuple[Tensor, TimestepNormState]:
-        """x (B, L, D) -> logits (B, L, V), float32 (float64 for float64), and the norm's state."""
-        normed, state = self.final_norm(x, state)
+        """x (B, L, D) -> what `Megalodon.forward` returns for `outputs`, and the norm's state."""
+        normed, state = self.final_norm(x, state, None if ragged is None else ragged.padding)
+        if outputs == "hidden":
+            return normed, state
+        if outputs == "last":
+            normed = _last(normed, ragged)
         logits = self.output(normed)
         return logits if logits.dtype == torch.float64 else logits.float(), state
 
@@ -137,6 +148,8 @@ class Megalodon(nn.Module):
         return_state: bool = False,
         *,
         inplace_state: bool = False,
+        lengths: Tensor | Sequence[int] | None = None,
+        outputs: str = "logits",
     ) -> Tensor | tuple[Tensor, MegalodonState]:
         """Logits of the next token at every position.
 
@@ -149,18 +162,28 @@ class Megalodon(nn.Module):
             return_state: also return the state after these tokens.
             inplace_state: write that state into `state`'s own tensors and return `state` itself:
                 fixed addresses and no copies, for decoding. Without it `state` stays as it is.
+            lengths: B integers in [0, L], the tokens of each row that count; None means L in
+                every row. What follows them is padding of any value: it changes no state, and
+                the outputs there mean nothing. Read on the host, so a device is waited for.
+            outputs: "logits"; "last", the logits after each row's last token alone (NaN for a row
+                without a token); or "hidden", what `output.output` would multiply, for
+                `megalodon_ops.cross_entropy`.
 
         Returns:
-            logits (B, L, V), float32 (float64 for a float64 model), and the new state if asked.
+            logits (B, L, V), float32 (float64 for a float64 model), or (B, V) for "last", or
+            hidden (B, L, D) of the activations' dtype; and the new state if asked.
             Differentiable in the parameters and in the floating tensors of the state.
 
         Raises:
             TypeError: tokens is not a tensor, or state not a MegalodonState.
             ValueError: tokens has the wrong dtype, rank or device; the state's batch, dtype, device
-                or config differ; inplace_state without a state, or while gradients are recorded.
+                or config differ; inplace_state without a state, or while gradients are recorded;
+                lengths are no B integers in [0, L]; outputs is none of the three.
             IndexError: a token is out of range (tokens on the CPU, not while compiling).
         """
-        self._check(tokens, state, inplace_state)
+        if outputs not in OUTPUTS:
+            raise ValueError(f"outputs: wanted one of {', '.join(OUTPUTS)}; got {outputs!r}")
+        tokens, ragged = self._check(tokens, state, inplace_state, lengths)
         make_state = return_state or inplace_state
         position = None if state is None else state.position
 
@@ -174,7 +197,7 @@ class Megalodon(nn.Module):
         layers: list[LayerState] = []
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[i]
-            arguments = (x, layer_state, position, make_state, inplace_state)
+            arguments = (x, layer_state, position, make_state, inplace_state, ragged)
             if recompute:
                 x, new = checkpoint(
                     layer, *arguments, use_reentrant=False, preserve_rng_state=draws
@@ -185,17 +208,18 @@ class Megalodon(nn.Module):
                 layers.append(new)
 
         logits: Tensor
-        logits, norm = self.output(x, None if state is None else state.final_norm)
+        logits, norm = self.output(x, None if state is None else state.final_norm, ragged, outputs)
         if not make_state:
             return logits
+        length = tokens.shape[1] if ragged is None else ragged.lengths
         if inplace_state and state is not None:
             for mine, value in zip(state.final_norm, norm, strict=True):
                 mine.copy_(value)
-            state.position.add_(tokens.shape[1])
+            state.position.add_(length)
             new_state = state
         else:
             new_state = MegalodonState(
-                tuple(layers), norm, _advanced(position, tokens), self.config.fingerprint()
+                tuple(layers), norm, _advanced(position, length, tokens), self.config.fingerprint()
             )
         return (logits, new_state) if return_state else logits
 
@@ -214,8 +238,17 @@ class Megalodon(nn.Module):
             self.config, batch_size, activation_dtype(weight), weight.device
         )
 
-    def _check(self, tokens: Tensor, state: MegalodonState | None, inplace_state: bool) -> None:
-        """Validate the arguments of forward; reads token values only where that costs no sync."""
+    def _check(
+        self,
+        tokens: Tensor,
+        state: MegalodonState | None,
+        inplace_state: bool,
+        lengths: Tensor | Sequence[int] | None,
+    ) -> tuple[Tensor, Ragged | None]:
+        """Validate the arguments of forward; reads token values only where that costs no sync.
+
+        Returns the tokens, with 0 for padding, and the lengths where a row is padded.
+        """
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens: wanted a torch.Tensor; got {type(tokens).__name__}")
         if tokens.dtype not in (torch.int64, torch.int32):
@@ -227,12 +260,15 @@ class Megalodon(nn.Module):
             raise ValueError(
                 f"tokens: device: wanted the model's, {weight.device}; got {tokens.device}"
             )
+        ragged = None if lengths is None else Ragged.of(lengths, tokens)
+        if ragged is not None:
+            tokens = tokens.masked_fill(ragged.padding, 0)
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_range(tokens, self.config.vocab_size)
         if inplace_state and state is None:
             raise ValueError("inplace_state: wanted a state to write into; got state=None")
         if state is None:
-            return
+            return tokens, ragged
         if not isinstance(state, MegalodonState):
             raise TypeError(f"state: wanted a MegalodonState; got {type(state).__name__}")
         if inplace_state and torch.is_grad_enabled():
@@ -241,6 +277,7 @@ class Megalodon(nn.Module):
                 "gradients are being recorded, and their backward needs the old state"
             )
         state.check(self.config, tokens.shape[0], activation_dtype(weight), weight.device)
+        return tokens, ragged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Megalodon:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -262,12 +299,23 @@ def _tie_weights(model: Megalodon, _: object) -> None:
     model.tie_weights()
 
 
-def _advanced(position: Tensor | None, tokens: Tensor) -> Tensor:
-    """The positions after these tokens."""
-    rows, length = tokens.shape
-    if position is None:
-        return torch.full((rows,), length, dtype=torch.int64, device=tokens.device)
-    return position + length
+def _advanced(position: Tensor | None, length: Tensor | int, tokens: Tensor) -> Tensor:
+    """The positions after `length` more tokens."""
+    if position is not None:
+        return position + length
+    return torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device) + length
+
+
+def _last(x: Tensor, ragged: Ragged | None) -> Tensor:
+    """The last step of each row (B, D); NaN for a row that has none."""
+    rows, length, width = x.shape
+    if length == 0:
+        return x.new_full((rows, width), math.nan)
+    if ragged is None:
+        return x[:, -1]
+    index = (ragged.lengths - 1).clamp(min=0)
+    last = x[torch.arange(rows, device=x.device), index]
+    return last.masked_fill((ragged.lengths == 0)[:, None], math.nan)
 
 
 def _agree(a: Tensor | None, b: Tensor | None) -> bool:

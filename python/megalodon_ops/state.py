@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _files
 from .functional import TimestepNormState
 
 if TYPE_CHECKING:
     from .config import MegalodonConfig
 
 _FORMAT = "megalodon_ops.state"
-_VERSION = "1"
+_VERSION = "2"  # 1 had no checksum
 _LAYER_NAMES = ("k_cache", "v_cache", "norm_count", "norm_mean", "norm_var", "cema_h")
 _FINAL_NAMES = ("norm_count", "norm_mean", "norm_var")
 
@@ -209,22 +207,20 @@ class MegalodonState:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, all of it or nothing (atomic replacement).
 
-        The file holds the tensors of `tensors()` and, as metadata, the config's fingerprint.
+        The file holds the tensors of `tensors()` and, as metadata, the config's fingerprint
+        and a checksum.
 
         Raises:
             ImportError: safetensors is not installed.
             OSError: the file cannot be written; an older file of that name is unharmed.
         """
-        from safetensors.torch import save
-
-        named = {n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}
         metadata = {
             "format": _FORMAT,
             "version": _VERSION,
             "fingerprint": self.fingerprint,
             "num_layers": str(len(self.layers)),
         }
-        _write_atomically(Path(path), save(named, metadata=metadata))
+        _files.write(path, self.tensors(), metadata)
 
     @classmethod
     def load(
@@ -245,22 +241,18 @@ class MegalodonState:
             ValueError: the file is damaged, is not a state, or belongs to another config.
             ImportError: safetensors is not installed.
         """
-        from safetensors import SafetensorError, safe_open
+        named, metadata = _files.read(path, _FORMAT, _VERSION)
+        return cls.from_file(os.fspath(path), named, metadata, config).to(device)
 
-        name = os.fspath(path)
-        try:
-            with safe_open(name, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                named = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{name}: truncated, or not a safetensors file: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(
-                f"{name}: not a MegalodonState: format: wanted {_FORMAT!r}; "
-                f"got {metadata.get('format')!r}"
-            )
-        if metadata.get("version") != _VERSION:
-            raise ValueError(f"{name}: version: wanted {_VERSION}; got {metadata.get('version')}")
+    @classmethod
+    def from_file(
+        cls,
+        name: str,
+        named: dict[str, Tensor],
+        metadata: Mapping[str, str],
+        config: MegalodonConfig | None = None,
+    ) -> MegalodonState:
+        """A state from the tensors and the metadata of a file; errors are those of `load`."""
         fingerprint = metadata.get("fingerprint", "")
         if config is not None and fingerprint != config.fingerprint():
             raise ValueError(
@@ -277,7 +269,7 @@ class MegalodonState:
             raise ValueError(f"{name}: not a complete MegalodonState: {error}") from error
         if damaged:
             raise ValueError(f"{name}: not a MegalodonState: it holds tensors of another kind")
-        return state.to(device)
+        return state
 
 
 def _map_norm(fn: Callable[[Tensor], Tensor], norm: TimestepNormState) -> TimestepNormState:
@@ -317,22 +309,3 @@ def _layout(
         layout |= {f"layers.{i}.{name}": entry for name, entry in layer.items()}
     layout |= {f"final.{name}": entry for name, entry in norm.items()}
     return layout
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    # The temporary file lies beside the target: a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's files are private to the user; a state is as readable as any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

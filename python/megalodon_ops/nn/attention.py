@@ -13,6 +13,7 @@ from .cema import CEMA
 from .init import Linear
 from .norms import RMSNorm, TimestepNorm
 from .precision import KeepsPrecision, activation_dtype
+from .ragged import Ragged
 
 
 class MegaAttention(KeepsPrecision):
@@ -59,6 +60,7 @@ class MegaAttention(KeepsPrecision):
         position: Tensor | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Run the sub-layer on x, after the tokens that `state` summarises.
 
@@ -68,12 +70,18 @@ class MegaAttention(KeepsPrecision):
             position: (B) int64, tokens consumed before x; given exactly where state is.
             return_state: whether to make the state after x.
             inplace_state: write it into `state`'s own tensors (no gradients).
+            ragged: the rows' lengths; None where all have L steps.
 
         Returns:
             (B, L, D) of x's dtype, and the new state, or None without `return_state`.
         """
-        t, norm = self.timenorm(x.to(activation_dtype(x)), None if state is None else state.norm)
-        averaged, h = self.cema(t, None if state is None else state.h)
+        old_norm, old_h = (None, None) if state is None else (state.norm, state.h)
+        if ragged is None:
+            t, norm = self.timenorm(x.to(activation_dtype(x)), old_norm)
+            averaged, h = self.cema(t, old_h)
+        else:
+            t, norm = self.timenorm(x.to(activation_dtype(x)), old_norm, ragged.padding)
+            averaged, h = ragged.recur(self.cema, t, old_h)
         mx = self.hidden_dropout(self.rmsnorm(averaged))
 
         q, k = F.qk_norm_rope(
@@ -88,7 +96,7 @@ class MegaAttention(KeepsPrecision):
         )
         v = F.silu_mul(self.wv(t))
         v = v.view(*v.shape[:2], self.num_heads, self.value_head_dim)
-        o, caches = self._attend(q, k, v, state, position, return_state, inplace_state)
+        o, caches = self._attend(q, k, v, state, position, return_state, inplace_state, ragged)
 
         gated = self.hidden_dropout(F.silu_mul(self.wr(mx), o.flatten(-2)))
         out = x + self.dropout(self.wh1(mx) + self.wh2(gated))
@@ -109,6 +117,7 @@ class MegaAttention(KeepsPrecision):
         position: Tensor | None,
         return_state: bool,
         inplace_state: bool,
+        ragged: Ragged | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Attention and, where a state is wanted, the caches after it."""
         dropout_p = self.attention_dropout if self.training else 0.0
@@ -121,10 +130,11 @@ class MegaAttention(KeepsPrecision):
             k_cache = k.new_zeros(rows, self.chunk_size, *k.shape[2:])
             v_cache = v.new_zeros(rows, self.chunk_size, *v.shape[2:])
             start = torch.zeros(rows, dtype=torch.int64, device=q.device)
-            return o, self._write(k_cache, v_cache, k, v, start, inplace=False)
+            return o, self._write(k_cache, v_cache, k, v, start, False, ragged)
 
         k_cache, v_cache = state.k_cache, state.v_cache
-        if q.shape[1] == 1 and return_state and dropout_p == 0.0 and not _tracked(q, k, v, state):
+        is_step = q.shape[1] == 1 and ragged is None and return_state and dropout_p == 0.0
+        if is_step and not _tracked(q, k, v, state):
             if not inplace_state:
                 k_cache, v_cache = k_cache.clone(), v_cache.clone()
             o = F.chunk_attention_step(
@@ -134,7 +144,7 @@ class MegaAttention(KeepsPrecision):
         o = F.chunk_attention(q, k, v, self.chunk_size, dropout_p, seed, k_cache, v_cache, position)
         if not return_state:
             return o, None
-        return o, self._write(k_cache, v_cache, k, v, position, inplace_state)
+        return o, self._write(k_cache, v_cache, k, v, position, inplace_state, ragged)
 
     def _write(
         self,
@@ -144,14 +154,23 @@ class MegaAttention(KeepsPrecision):
         v: Tensor,
         position: Tensor,
         inplace: bool,
+        ragged: Ragged | None,
     ) -> tuple[Tensor, Tensor]:
-        """Put the last min(L, C) keys and values into slots (position + t) % C."""
+        """Put a row's last min(L, C) keys and values into slots (position + t) % C."""
         length, chunk = k.shape[1], self.chunk_size
         kept = min(length, chunk)  # more would write a slot twice
-        steps = torch.arange(length - kept, length, device=k.device)
-        slots = (position[:, None] + steps) % chunk
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        k_tail, v_tail = k[:, length - kept :], v[:, length - kept :]
+        if ragged is None:
+            steps = torch.arange(length - kept, length, device=k.device)
+            slots = (position[:, None] + steps) % chunk
+            k_tail, v_tail = k[:, length - kept :], v[:, length - kept :]
+        else:
+            steps = ragged.lengths[:, None] + torch.arange(-kept, 0, device=k.device)
+            slots = (position[:, None] + steps) % chunk
+            # A row shorter than `kept` writes back what its other slots hold.
+            real, read = (steps >= 0)[..., None, None], steps.clamp(min=0)
+            k_tail = torch.where(real, k[rows, read], k_cache[rows, slots])
+            v_tail = torch.where(real, v[rows, read], v_cache[rows, slots])
         if inplace:
             return (
                 k_cache.index_put_((rows, slots), k_tail),

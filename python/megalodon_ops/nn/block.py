@@ -15,6 +15,7 @@ from .ffn import FFN
 from .init import Linear
 from .norms import LayerNorm, RMSNorm, TimestepNorm
 from .precision import activation_dtype
+from .ragged import Ragged
 
 # Rows from which a decoding step is faster op by op, with its linear layers as GEMMs of all rows.
 _MANY_ROWS = 16
@@ -42,11 +43,13 @@ class Block(nn.Module):
         position: Tensor | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Arguments and results are those of `MegaAttention.forward`."""
-        if inplace_state and state is not None and position is not None and self._is_step(x):
+        in_place = inplace_state and ragged is None
+        if in_place and state is not None and position is not None and self._is_step(x):
             return self._step(x, state, position), state
-        y, new_state = self.mega(x, state, position, return_state, inplace_state)
+        y, new_state = self.mega(x, state, position, return_state, inplace_state, ragged)
         return self.nffn(y, residual=x), new_state
 
     def _is_step(self, x: Tensor) -> bool:

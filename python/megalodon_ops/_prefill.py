@@ -1,0 +1,167 @@
+"""Prompts of any lengths into a state, in pieces, at bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .model import Megalodon
+from .state import MegalodonState
+
+# The tokens of one row, or, to be read piece by piece, an iterator of such; bytes are tokens of a
+# model of bytes.
+Piece = Tensor | bytes | Sequence[int]
+Prompt = Piece | Iterator[Piece]
+
+DEFAULT_PIECE = 2048
+
+
+@torch.inference_mode()
+def prefill(
+    model: Megalodon,
+    prompts: Sequence[Prompt],
+    state: MegalodonState | None = None,
+    *,
+    piece: int = DEFAULT_PIECE,
+    on_tokens: Callable[[int, Tensor], None] | None = None,
+) -> tuple[Tensor, MegalodonState]:
+    """Read one prompt per row, and leave each row's state as if it had been read alone.
+
+    The rows are read together, `piece` tokens (padding included) in one call of the model; a row
+    whose prompt has ended takes no further part. Memory does not grow with the prompts' lengths.
+
+    Args:
+        model: the model; its weights' device is where it runs.
+        prompts: one per row, not empty: tokens as a 1-D integer tensor, a sequence of ints or, for
+            a model of bytes, bytes; or an iterator of such pieces, which is read as it is needed.
+        state: the rows' state before (unchanged); None starts sequences.
+        piece: tokens in one call of the model.
+        on_tokens: told (row, tokens) of what is read, in order.
+
+    Returns:
+        the logits (B, V) after each row's last token, and the state.
+
+    Raises:
+        TypeError: a prompt is none of these.
+        ValueError: a prompt is empty; piece is below 1; the state has another number of rows.
+        IndexError: a token is out of range.
+    """
+    if isinstance(piece, bool) or not isinstance(piece, int) or piece < 1:
+        raise ValueError(f"piece: wanted an int >= 1; got {piece!r}")
+    if isinstance(prompts, str | bytes | Tensor):
+        raise TypeError("prompts: wanted a sequence of prompts, one per row; got one prompt")
+    readers = [_Reader(row, prompt, model) for row, prompt in enumerate(prompts)]
+    for row, reader in enumerate(readers):
+        if not reader.more():
+            raise ValueError(f"prompts: prompt {row} is empty: there is nothing to continue")
+    current = model.init_state(len(readers)) if state is None else state.clone()
+    return _read(model, readers, current, piece, on_tokens)
+
+
+def _read(
+    model: Megalodon,
+    readers: list[_Reader],
+    current: MegalodonState,
+    piece: int,
+    on_tokens: Callable[[int, Tensor], None] | None,
+) -> tuple[Tensor, MegalodonState]:
+    device = current.device
+    active = list(range(len(readers)))
+    order: list[int] = []
+    ended: list[MegalodonState] = []
+    results: list[Tensor] = []
+    while active:
+        share = max(1, piece // len(active))
+        parts = [readers[row].take(share) for row in active]
+        lengths = [len(part) for part in parts]
+        if on_tokens is not None:
+            for row, part in zip(active, parts, strict=True):
+                on_tokens(row, part)
+        tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+        last = model(tokens, current, inplace_state=True, lengths=lengths, outputs="last")
+        at_end = [not readers[row].more() for row in active]
+        if not any(at_end):
+            continue
+        gone = torch.tensor([i for i, end in enumerate(at_end) if end], device=device)
+        order += [row for row, end in zip(active, at_end, strict=True) if end]
+        results.append(last.index_select(0, gone))
+        if all(at_end):  # no copy where all rows end together, the usual case of one row
+            ended.append(current)
+            break
+        ended.append(current.index_select(gone))
+        stay = torch.tensor([i for i, end in enumerate(at_end) if not end], device=device)
+        current = current.index_select(stay)
+        active = [row for row, end in zip(active, at_end, strict=True) if not end]
+    if not ended:
+        return torch.zeros(0, model.config.num_outputs, device=device), current
+    logits = torch.cat(results)
+    joined = ended[0] if len(ended) == 1 else MegalodonState.cat(ended)
+    if order == sorted(order):
+        return logits, joined
+    rows = torch.tensor(order, device=device).argsort()
+    return logits.index_select(0, rows), joined.index_select(rows)
+
+
+class _Reader:
+    """The tokens of one prompt, as many at a time as are asked for."""
+
+    def __init__(self, row: int, prompt: Prompt, model: Megalodon) -> None:
+        self._row, self._vocab_size = row, model.config.vocab_size
+        if isinstance(prompt, Iterator):
+            self._pieces, self._buffer = prompt, torch.empty(0, dtype=torch.int64)
+        else:
+            self._pieces, self._buffer = iter(()), self._tokens(prompt)
+
+    def _fill(self, count: int) -> None:
+        parts, have = [self._buffer], len(self._buffer)
+        while have < count:
+            piece = next(self._pieces, None)
+            if piece is None:
+                break
+            parts.append(self._tokens(piece))
+            have += len(parts[-1])
+        if len(parts) > 1:
+            self._buffer = torch.cat(parts)
+
+    def more(self) -> bool:
+        """Whether there is another token."""
+        self._fill(1)
+        return len(self._buffer) > 0
+
+    def take(self, count: int) -> Tensor:
+        """The next tokens, at most `count`."""
+        self._fill(count)
+        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        return taken
+
+    def _tokens(self, piece: Piece) -> Tensor:
+        where = f"prompts: prompt {self._row}"
+        if isinstance(piece, bytes):
+            if self._vocab_size > 256:
+                raise ValueError(
+                    f"{where} is bytes, but this model has {self._vocab_size} tokens, which are "
+                    "not single bytes: wanted token ids"
+                )
+            piece = torch.frombuffer(bytearray(piece), dtype=torch.uint8) if piece else []
+        elif isinstance(piece, str):
+            raise TypeError(f"{where}: wanted token ids or bytes; got a str (encode it)")
+        elif not isinstance(piece, Tensor):
+            if not isinstance(piece, Sequence):
+                raise TypeError(f"{where}: wanted token ids or bytes; got {type(piece).__name__}")
+            for token in piece:
+                if isinstance(token, bool) or not isinstance(token, int):
+                    raise TypeError(f"{where}: wanted token ids; got {token!r}")
+        tokens = torch.as_tensor(piece, dtype=None if isinstance(piece, Tensor) else torch.int64)
+        if tokens.dim() != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(
+                f"{where}: wanted a vector of token ids; got {tokens.dtype} {list(tokens.shape)}"
+            )
+        tokens = tokens.to("cpu", torch.int64)
+        outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
+        if len(outside):
+            raise IndexError(
+                f"{where}: wanted ids in [0, {self._vocab_size}); got {int(outside[0])}"
+            )
+        return tokens

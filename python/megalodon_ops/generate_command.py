@@ -1,0 +1,245 @@
+"""What `megalodon generate` does with its arguments: prints the text of a `Session`."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from megalodon_ops._prefill import DEFAULT_PIECE
+from megalodon_ops.beam import beam_search
+from megalodon_ops.model import Megalodon
+from megalodon_ops.sampling import Sampling
+from megalodon_ops.session import Session
+from megalodon_ops.training.errors import CommandError
+
+# What an empty prompt means: text begins after a line break.
+EMPTY_PROMPT = b"\n"
+EXIT_INTERRUPTED = 130
+EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell reports it
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command's arguments. sampling: the fields of `Sampling` that were given."""
+
+    prompt: str
+    prompt_file: str | None
+    max_new_tokens: int | None
+    sampling: dict[str, Any]
+    stop: tuple[bytes, ...]
+    seed: int | None
+    beams: int
+    length_penalty: float
+    load_state: str | None
+    save_state: str | None
+    echo: bool
+    timing: bool
+
+    def check(self) -> None:
+        """Raise CommandError where arguments contradict each other or are out of range."""
+        if self.prompt and self.prompt_file is not None:
+            raise CommandError("give --prompt or --prompt-file, not both")
+        if b"" in self.stop:
+            raise CommandError("--stop must not be empty: it would match everywhere")
+        try:
+            Sampling(**self.sampling)
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            raise CommandError(f"--{name.replace('_', '-')} {rest}") from error
+        if self.beams == 0:
+            return
+        for given, name in (
+            (self.load_state, "--load-state"),
+            (self.save_state, "--save-state"),
+            (self.sampling, "the options of sampling"),
+        ):
+            if given:
+                raise CommandError(f"--beams searches instead of drawing: it excludes {name}")
+        if self.max_new_tokens is None:
+            raise CommandError("--beams needs a --max-new-tokens above 0")
+
+    def pieces(self) -> Iterator[bytes]:
+        """The prompt's bytes, in pieces that are each read in one call of the model."""
+        if self.prompt_file is None:
+            # surrogateescape: bytes of the command line that are no UTF-8 come back as they were.
+            data = self.prompt.encode("utf-8", "surrogateescape")
+            for at in range(0, len(data), DEFAULT_PIECE):
+                yield data[at : at + DEFAULT_PIECE]
+            return
+        try:
+            with open(0 if self.prompt_file == "-" else self.prompt_file, "rb") as file:
+                while piece := file.read(DEFAULT_PIECE):
+                    yield piece
+        except OSError as error:
+            raise CommandError(
+                f"cannot read the prompt {self.prompt_file}: {error.strerror}"
+            ) from error
+
+
+class _Text:
+    """Standard output, as text: a character may span several tokens and is printed when it is
+    complete; bytes that are no UTF-8 become the replacement character."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def show(self, data: bytes, final: bool = False) -> None:
+        # Straight to the binary stream: the locale's encoding may not have the character.
+        sys.stdout.buffer.write(self._decoder.decode(data, final).encode())
+        sys.stdout.buffer.flush()
+
+    def close(self) -> None:
+        self.show(b"", final=True)
+        sys.stdout.buffer.write(b"\n")
+        sys.stdout.buffer.flush()
+
+
+@dataclass
+class _Clock:
+    """Tokens and seconds of the prompt and of decoding."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def run(model: Megalodon, request: Request) -> int:
+    """Generate and print; returns the exit code. Raises CommandError and OSError."""
+    try:
+        return _run(model, request)
+    except BrokenPipeError:
+        # The reader (`| head`) has enough. Python must not fail once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE_CLOSED
+
+
+def _run(model: Megalodon, request: Request) -> int:
+    text, clock = _Text(), _Clock()
+    seed = request.seed
+    if seed is None and request.load_state is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+
+    def echoed() -> Iterator[bytes]:
+        for piece in request.pieces():
+            clock.prompt_tokens += len(piece)
+            if request.echo:
+                text.show(piece)
+            yield piece
+        if not clock.prompt_tokens and request.load_state is None:
+            yield EMPTY_PROMPT
+
+    begin = time.perf_counter()
+    if request.beams:
+        return _search(model, request, echoed(), text)
+    session = _session(model, request, seed, echoed())
+    clock.prompt_seconds = time.perf_counter() - begin
+    interrupted = _stream(session, request, text, clock)
+    if request.save_state is not None and session.rows:
+        session.save(request.save_state)
+    text.close()
+    if request.timing:
+        told = "of the state" if seed is None else str(seed)
+        print(
+            f"prompt: {clock.prompt_tokens} tokens in {1e3 * clock.prompt_seconds:.1f} ms; then "
+            f"{clock.tokens} tokens at {1e3 * clock.seconds / max(1, clock.tokens):.3f} ms/token "
+            f"(seed {told})",
+            file=sys.stderr,
+        )
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _session(
+    model: Megalodon, request: Request, seed: int | None, prompt: Iterator[bytes]
+) -> Session:
+    """A session of one row that has read the prompt."""
+    if request.load_state is None:
+        session = Session(model, Sampling(**request.sampling), stop=request.stop)
+        session.add([prompt], 0 if seed is None else seed)
+        return session
+    try:
+        session = Session.load(
+            request.load_state, model, request.sampling, stop=request.stop or None
+        )
+        if len(session.rows) != 1:
+            raise ValueError(f"{request.load_state}: holds {len(session.rows)} rows; wanted one")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    row = session.rows[0]
+    if seed is not None:
+        session.seed(row, seed)
+    first = next(prompt, None)
+    if first is not None:
+        session.extend(row, _chained(first, prompt))
+    return session
+
+
+def _chained(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+def _stream(session: Session, request: Request, text: _Text, clock: _Clock) -> bool:
+    """Print tokens until the limit, a stop sequence or Ctrl-C; whether it was Ctrl-C."""
+    limit = request.max_new_tokens
+    with _ctrl_c(deferred=request.save_state is not None) as asked:
+        try:
+            while session.rows and (limit is None or clock.tokens < limit) and not asked:
+                begin = time.perf_counter()
+                event = session.step()[0]
+                clock.tokens += 1
+                clock.seconds += time.perf_counter() - begin
+                text.show(bytes(event.tokens) + event.rest)
+        except KeyboardInterrupt:
+            return True
+    if session.rows and request.save_state is None:
+        text.show(bytes(session.flush(session.rows[0])))
+    return bool(asked)
+
+
+@contextmanager
+def _ctrl_c(deferred: bool) -> Iterator[list[int]]:
+    """Whether Ctrl-C was pressed. Deferred: only noted the first time, so that the state which is
+    saved then is that of a whole step."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if not deferred:
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _search(model: Megalodon, request: Request, prompt: Iterator[bytes], text: _Text) -> int:
+    assert request.max_new_tokens is not None
+    best = beam_search(
+        model,
+        [prompt],
+        request.max_new_tokens,
+        beams=request.beams,
+        length_penalty=request.length_penalty,
+        stop=request.stop,
+    )[0][0]
+    text.show(bytes(best.tokens) + best.rest)
+    text.close()
+    if request.timing:
+        print(
+            f"log probability {best.log_probability:.4f}, score {best.score:.4f}", file=sys.stderr
+        )
+    return 0

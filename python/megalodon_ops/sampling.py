@@ -1,0 +1,139 @@
+"""How the next token is drawn from the logits of each row."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. In the order in which they act:
+
+    Attributes:
+        repetition_penalty: divides positive logits of tokens that were there already (in the prompt
+            or since) and multiplies negative ones; 1: off. More than 1 discourages them.
+        repetition_window: only the last so many tokens count as "there"; 0: all of them.
+        temperature: divides the logits; 0 takes the most likely token, and nothing is drawn.
+        top_k: only the k most likely; 0: all.
+        top_p: only the fewest whose probabilities reach p; 1: all.
+        min_p: only those at least so many times as likely as the most likely one; 0: all.
+
+    Raises:
+        TypeError: a field is no number (an int, for top_k and repetition_window).
+        ValueError: a field is out of its range.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_window: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = (int,) if field.type == "int" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise TypeError(f"{field.name} must be a {field.type}; got {value!r}")
+        self._require("temperature", 0 <= self.temperature < math.inf, "0 or more")
+        self._require("top_k", self.top_k >= 0, "0 (all) or more")
+        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
+        self._require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0")
+        self._require("repetition_window", self.repetition_window >= 0, "0 (all) or more")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {wanted}; got {getattr(self, name)}")
+
+
+class History:
+    """Which tokens a row has seen, for the repetition penalty: V counts, and a window if any."""
+
+    def __init__(self, vocab_size: int, window: int) -> None:
+        self.counts = torch.zeros(vocab_size, dtype=torch.int64)
+        self.recent: deque[int] | None = deque(maxlen=window) if window else None
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Note more tokens."""
+        for token in tokens:
+            if self.recent is not None:
+                if len(self.recent) == self.recent.maxlen:
+                    self.counts[self.recent[0]] -= 1
+                self.recent.append(token)
+            self.counts[token] += 1
+
+    def read(self, tokens: Tensor) -> None:
+        """Note many tokens (1-D), at once."""
+        if self.recent is not None:
+            assert self.recent.maxlen is not None
+            self.add(tokens[-self.recent.maxlen :].tolist())
+        else:
+            self.counts += torch.bincount(tokens, minlength=len(self.counts))
+
+
+def sample(
+    logits: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    histories: Sequence[History] = (),
+) -> list[int]:
+    """Draw one token for every row.
+
+    Args:
+        logits: (B, V).
+        sampling: for all rows.
+        generators: one on the CPU per row, each advanced by one draw (none at temperature 0): what
+            a row draws does not depend on the others.
+        histories: one per row, if there is a repetition penalty.
+
+    Raises:
+        ValueError: a row of the logits holds NaN or +inf, or nothing but -inf.
+    """
+    scores = logits.double()
+    if sampling.repetition_penalty != 1:
+        seen = torch.stack([history.counts for history in histories]).to(scores.device) > 0
+        penalty = sampling.repetition_penalty
+        penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
+        scores = torch.where(seen, penalised, scores)
+    highest = scores.amax(-1, keepdim=True)
+    for value in highest.view(-1).tolist():
+        if not math.isfinite(value):
+            raise ValueError("the model's output is not finite; its weights are damaged")
+    if sampling.temperature == 0:
+        best: list[int] = scores.argmax(-1).tolist()
+        return best
+    # Subtracting the maximum first keeps a tiny temperature from making inf - inf.
+    scores = (scores - highest).div_(sampling.temperature)
+    probabilities, tokens = torch.softmax(scores, -1).sort(descending=True, stable=True)
+    if sampling.top_k:
+        probabilities = probabilities[:, : sampling.top_k]
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    total = probabilities.cumsum(-1)
+    # The inverse of the cumulative distribution: one uniform draw a token, whatever the options.
+    draws = [torch.rand((1, 1), dtype=torch.float64, generator=g) for g in generators]
+    draw = (draws[0] if len(draws) == 1 else torch.cat(draws)).to(total.device)
+    # Sorted, so that either filter keeps the first ones: only their number has to be known.
+    kept = []
+    if sampling.top_p < 1:
+        # A token stays when those before it do not reach p; the first always stays.
+        kept.append((total - probabilities < sampling.top_p).sum(-1, keepdim=True))
+    if sampling.min_p > 0:
+        likely = probabilities >= sampling.min_p * probabilities[:, :1]
+        kept.append(likely.sum(-1, keepdim=True))
+    if kept:
+        last = (kept[0] if len(kept) == 1 else torch.minimum(*kept)) - 1
+        index = torch.searchsorted(total, draw.mul_(total.gather(-1, last)), right=True)
+        index = torch.minimum(index, last)
+    else:
+        index = torch.searchsorted(total, draw.mul_(total[:, -1:]), right=True)
+        index.clamp_(max=total.shape[-1] - 1)
+    drawn: list[int] = tokens.gather(-1, index).view(-1).tolist()
+    return drawn
