@@ -31,6 +31,7 @@ except ImportError as error:
 from .config import MegalodonConfig
 from .model import Megalodon
 from .state import MegalodonState
+from .tokenizer import byte_letters
 
 __all__ = [
     "MegalodonCache",
@@ -394,7 +395,7 @@ def byte_tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = _byte_letters()
+    letters = byte_letters()
     tokenizer = Tokenizer(models.BPE({letter: byte for byte, letter in letters.items()}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -404,14 +405,6 @@ def byte_tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:
         "clean_up_tokenization_spaces": False,
     }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**options, **kwargs})
-
-
-def _byte_letters() -> dict[int, str]:
-    """The letter by which tokenizers' byte-level models write each byte (as GPT-2 does)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 AutoConfig.register(MODEL_TYPE, MegalodonHfConfig, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megalodon_ops._atomic import write_atomically
 from megalodon_ops.checkpoint import (
     FILE_NAME,
     TRAINING,
@@ -23,9 +24,8 @@ from megalodon_ops.checkpoint import (
 )
 from megalodon_ops.config import MegalodonConfig
 from megalodon_ops.model import Megalodon
+from megalodon_ops.tokenizer import BYTES, Tokenizer, load_tokenizer
 from megalodon_ops.training.errors import CommandError
-
-BYTE_VALUES = 256
 
 
 @dataclass
@@ -90,10 +90,6 @@ def load(path: str | Path, training: bool = False) -> Checkpoint:
         raise CommandError(str(error)) from error
     except OSError as error:
         raise CommandError(f"cannot read {file}: {error.strerror or error}") from error
-    if config.vocab_size != BYTE_VALUES:
-        raise CommandError(
-            f"{file} holds a model of {config.vocab_size} tokens; this command works on bytes (256)"
-        )
     return Checkpoint(
         config,
         {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING)},
@@ -115,6 +111,56 @@ def load_weights(model: Megalodon, checkpoint: Checkpoint, name: str | Path) -> 
         raise CommandError(
             f"the weights in {name} do not fit its configuration: {reason}"
         ) from error
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file; raises CommandError."""
+    try:
+        return load_tokenizer(path)
+    except (ImportError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put the tokenizer's file into a run's folder."""
+    if tokenizer.file_name:
+        write_atomically(folder / tokenizer.file_name, tokenizer.data)
+
+
+def tokenizer_of(checkpoint: Checkpoint, path: str | Path, given: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint: the file `given`, or the one that its run has kept.
+
+    Raises CommandError where it is not the one that the model was trained with, or is missing.
+    """
+    kept = checkpoint.settings.get("tokenizer")
+    if not isinstance(kept, dict):
+        kept = None
+    vocab_size = checkpoint.config.vocab_size
+    if given is not None:
+        tokenizer = read_tokenizer(given)
+    elif kept is not None:
+        # Its name alone: a checkpoint from elsewhere must not choose among this machine's files.
+        tokenizer = read_tokenizer(find(path).parent / Path(str(kept.get("file"))).name)
+    elif vocab_size == BYTES.vocab_size:
+        return BYTES
+    else:
+        raise CommandError(
+            f"{find(path)} holds a model of {vocab_size} tokens and no tokenizer: bytes are 256; "
+            "give --tokenizer FILE"
+        )
+    if "options" in checkpoint.settings and tokenizer.identity() != kept:
+        raise CommandError(
+            f"the tokenizer {given or tokenizer.file_name} is not the one that the model in "
+            f"{find(path)} was trained with" + ("" if kept else " (it was trained on bytes)")
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise CommandError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens; the model in {find(path)} has "
+            f"{vocab_size}"
+        )
+    return tokenizer
 
 
 def load_model(path: str | Path) -> tuple[Megalodon, Checkpoint]:
