@@ -434,6 +434,8 @@ def test_convert(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         ([start, back], "exists already"),
         ([start, tmp_path / "c", "--num-shards", 3], "num_shards: wanted a divisor"),
         ([start, tmp_path / "c", "--dtype", "int4"], "--dtype must be one of"),
+        ([start, tmp_path / "c", "--format", "zip"], "--format must be one of"),
+        ([start, tmp_path / "c", "--format", "hf", "--num-shards", 2], "--num-shards is for"),
         ([tmp_path / "absent", tmp_path / "c"], "no checkpoint here"),
     ):
         assert cli.main(["convert", *map(str, arguments)]) == 2

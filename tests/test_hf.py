@@ -14,12 +14,19 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from megalodon_ops import Megalodon, MegalodonState, hf, load_checkpoint  # noqa: E402
+from megalodon_ops import (  # noqa: E402
+    Megalodon,
+    MegalodonState,
+    hf,
+    load_checkpoint,
+    save_checkpoint,
+)
 from megalodon_ops.hf import (  # noqa: E402
     MegalodonCache,
     MegalodonForCausalLM,
     MegalodonHfConfig,
     byte_tokenizer,
+    modeling,
 )
 
 F32 = torch.float32
@@ -75,6 +82,44 @@ def test_round_trip(tmp_path: Path, variant: dict[str, Any], shards: bool) -> No
     assert loaded.model.config == model.config
     same = loaded.model.output.output.weight is loaded.model.embed.weight
     assert same == model.config.share_emb
+
+
+def test_convert_there_and_back(tmp_path: Path) -> None:
+    """A run on bytes to a transformers folder, tokenizer and all, and back to our file."""
+    pytest.importorskip("typer")
+    from megalodon_ops import cli
+
+    model = small_model(dtype=F32, vocab_size=256).eval()
+    save_checkpoint(model, tmp_path / "a.safetensors")
+    there = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "hf"), "--format", "hf"]
+    assert cli.main(there) == 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = random_tokens(2, 9)
+    assert torch.equal(loaded(tokens).logits, model(tokens))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("é")["input_ids"] == list("é".encode())
+    assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "b.safetensors")]) == 0
+    back = load_checkpoint(tmp_path / "b.safetensors", config=model.config)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[name]), name
+    with pytest.raises(ValueError, match="another model than config="):
+        load_checkpoint(tmp_path / "hf", config=small_config())
+
+
+def test_export_with_a_tokenizer_file(tmp_path: Path) -> None:
+    from test_tokenizer import byte_level, sentence_piece
+
+    from megalodon_ops.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(byte_level(tmp_path / "t.json"))
+    model = small_model(dtype=F32, vocab_size=tokenizer.vocab_size)
+    hf.export(model, tmp_path / "hf", tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs("the quick é")["input_ids"] == tokenizer.encode("the quick é".encode())
+    other = load_tokenizer(sentence_piece(tmp_path / "t.model"))
+    with pytest.raises(ValueError, match=r"wanted bytes or a tokenizer.json; got tokenizer.model"):
+        hf.export(model, tmp_path / "other", other)
+    assert not (tmp_path / "other").exists()
 
 
 def test_dtypes(tmp_path: Path) -> None:
@@ -165,7 +210,7 @@ def test_the_cache_carries_the_state(grad: bool) -> None:
 
 @pytest.mark.parametrize("prefill", [1, 3, 2048])
 def test_a_long_prompt_is_run_in_pieces(monkeypatch: pytest.MonkeyPatch, prefill: int) -> None:
-    monkeypatch.setattr(hf, "PREFILL", prefill)
+    monkeypatch.setattr(modeling, "PREFILL", prefill)
     model, model_hf = wrapped()
     tokens = random_tokens(2, 11)
     with torch.no_grad():

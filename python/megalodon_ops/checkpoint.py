@@ -40,7 +40,7 @@ def load_checkpoint(
         path: a safetensors file of `save_checkpoint` or `megalodon train`, or a folder that holds
             one as `checkpoint.safetensors`; or the folder of an official consolidated checkpoint
             (`consolidated.pth`, or one `consolidated.NN.pth` a model-parallel rank, which are
-            merged), or one `.pth` file.
+            merged), or one `.pth` file; or a folder of `megalodon_ops.hf`.
         config: the configuration, for files that hold none; where there is one, both must agree.
         dtype: of the weights; None keeps what the embedding has in the file. CEMA, norms and
             gamma/beta are never narrower than float32.
@@ -57,9 +57,19 @@ def load_checkpoint(
         ImportError: safetensors is not installed (for its files).
     """
     place = Path(path)
+    kind = _kind(place)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"load_checkpoint: dtype: wanted a floating dtype; got {dtype}")
-    if _is_official(place):
+    if kind == "hf":
+        from .hf import MegalodonForCausalLM
+
+        model: Megalodon = MegalodonForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", local_files_only=True
+        ).model
+        if config is not None:
+            _fit.require_same_config(config, model.config, str(place))
+        return model.to(device).eval()
+    if kind == "official":
         found, tensors = official.read(place, config)
         name = str(place)
     else:
@@ -118,17 +128,21 @@ def save_checkpoint(
     return file
 
 
-def _is_official(place: Path) -> bool:
-    """Whether the path means an official checkpoint; an error where a folder holds both kinds."""
+def _kind(place: Path) -> str:
+    """Which format a path means; an error where a folder holds several."""
     if not place.is_dir():
-        return place.suffix in (".pth", ".pt")
-    theirs = bool(official.shard_files(place))
-    if theirs and (place / FILE_NAME).exists():
-        raise ValueError(
-            f"{place}: wanted one checkpoint; got {FILE_NAME} and consolidated.*.pth files: name "
-            "the file"
-        )
-    return theirs
+        return "official" if place.suffix in (".pth", ".pt") else "safetensors"
+    shards = [file.name for file in official.shard_files(place)]
+    found = {
+        "safetensors": FILE_NAME if (place / FILE_NAME).exists() else "",
+        "official": shards[0] if shards else "",
+        "hf": "config.json" if official.is_transformers(place) else "",
+    }
+    kinds = [kind for kind, name in found.items() if name]
+    if len(kinds) > 1:
+        names = " and ".join(name for name in found.values() if name)
+        raise ValueError(f"{place}: wanted one checkpoint; got {names}: name the file")
+    return kinds[0] if kinds else "safetensors"
 
 
 def find_file(path: Path) -> Path:

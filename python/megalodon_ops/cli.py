@@ -351,9 +351,14 @@ def convert(
     source: Annotated[
         Path, typer.Argument(help="A checkpoint: a run's folder, an official folder, or a file.")
     ],
-    target: Annotated[
-        Path, typer.Argument(help="Where to: FILE.safetensors, or a new folder (official).")
-    ],
+    target: Annotated[Path, typer.Argument(help="Where to: FILE.safetensors, or a new folder.")],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="safetensors, official, or hf (transformers).",
+            show_default="safetensors for a file of that name, official for a folder",
+        ),
+    ] = None,
     num_shards: Annotated[
         int, typer.Option(min=1, help="Model-parallel ranks of an official checkpoint.")
     ] = 1,
@@ -362,25 +367,10 @@ def convert(
         typer.Option(help="float32, bfloat16, float16 or float64.", show_default="the source's"),
     ] = None,
 ) -> int:
-    """Convert between our safetensors file and the official consolidated checkpoints."""
-    import torch
+    """Convert between our safetensors file, official consolidated checkpoints, transformers."""
+    from megalodon_ops.convert_command import run
 
-    from megalodon_ops.checkpoint import load_checkpoint, save_checkpoint
-
-    kinds = ("float32", "bfloat16", "float16", "float64")
-    if dtype is not None and dtype not in kinds:
-        raise CommandError(f"--dtype must be one of {', '.join(kinds)}; got {dtype}")
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CommandError(f"{target} exists already; name another target")
-    kind = "safetensors" if target.suffix == ".safetensors" else "official"
-    try:
-        model = load_checkpoint(source, dtype=getattr(torch, dtype) if dtype else None)
-        save_checkpoint(model, target, format=kind, num_shards=num_shards)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{target}: {kind}, {count:,} parameters, {model.embed.weight.dtype}")
-    return 0
+    return run(source, target, format, num_shards, dtype)
 
 
 @app.command()

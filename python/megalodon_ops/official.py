@@ -204,6 +204,12 @@ def _read_fields(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def is_transformers(folder: Path) -> bool:
+    """Whether a folder is one of `megalodon_ops.hf`: it has another config.json of its own."""
+    values = _read_json(folder / "config.json") or {}
+    return values.get("model_type") == "megalodon_ops"
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -123,6 +123,14 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         raise CommandError(f"cannot read the tokenizer {path}: {error.strerror}") from error
 
 
+def kept_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer beside a checkpoint, if it is a run's and has one; else bytes."""
+    if not (path.is_file() or (path / FILE_NAME).is_file()) or path.suffix in (".pth", ".pt"):
+        return BYTES
+    checkpoint = load(path)
+    return tokenizer_of(checkpoint, path) if checkpoint.settings.get("tokenizer") else BYTES
+
+
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Put the tokenizer's file into a run's folder."""
     if tokenizer.file_name:

@@ -1,95 +1,22 @@
-"""The model for Hugging Face transformers: configuration, model, cache, and a byte tokenizer.
-
-Importing this module registers them with `AutoConfig` and `AutoModelForCausalLM` under the model
-type "megalodon_ops". It needs transformers: `pip install 'megalodon-ops[hf]'`.
-"""
+"""`Megalodon` as a transformers model, with its state as the cache."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
 
-try:
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        GenerationMixin,
-        PreTrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerFast,
-    )
-    from transformers.utils import ModelOutput
-except ImportError as error:
-    raise ImportError(
-        f"megalodon_ops.hf needs transformers ({error}); pip install 'megalodon-ops[hf]'"
-    ) from error
+from ..model import Megalodon
+from ..state import MegalodonState
+from .configuration import MegalodonHfConfig
 
-from .config import MegalodonConfig
-from .model import Megalodon
-from .state import MegalodonState
-from .tokenizer import byte_letters
-
-__all__ = [
-    "MegalodonCache",
-    "MegalodonCausalLMOutput",
-    "MegalodonForCausalLM",
-    "MegalodonHfConfig",
-    "byte_tokenizer",
-]
-
-MODEL_TYPE = "megalodon_ops"
 PREFILL = 2048  # tokens in one call where only the last logits are wanted
 # Each row's position is a part of its state; attention weights are never made.
 _UNSUPPORTED = ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_states")
-_FIELDS = tuple(field.name for field in dataclasses.fields(MegalodonConfig))
-
-
-class MegalodonHfConfig(PreTrainedConfig):
-    """`MegalodonConfig` as a transformers configuration: the same fields, checked alike.
-
-    `hidden_size`, `num_hidden_layers` and `num_attention_heads` are other names of `model_dim`,
-    `num_layers` and `num_heads`; `tie_word_embeddings` is `share_emb`.
-
-    Raises:
-        TypeError, ValueError: as `MegalodonConfig`.
-    """
-
-    model_type = MODEL_TYPE
-    attribute_map = {  # noqa: RUF012 (transformers wants a plain dict, which it does not change)
-        "hidden_size": "model_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-    }
-    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012
-
-    def __init__(self, **kwargs: Any) -> None:
-        for other, name in self.attribute_map.items():
-            if other in kwargs:
-                kwargs.setdefault(name, kwargs.pop(other))
-        core = MegalodonConfig.from_dict({n: kwargs.pop(n) for n in _FIELDS if n in kwargs})
-        tied = kwargs.pop("tie_word_embeddings", core.share_emb)
-        if tied != core.share_emb:
-            raise ValueError(
-                f"tie_word_embeddings: wanted share_emb = {core.share_emb}; got {tied}"
-            )
-        for name, value in core.to_dict().items():
-            setattr(self, name, value)
-        self.use_cache = kwargs.pop("use_cache", True)
-        self.tie_word_embeddings = tied
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_core(cls, config: MegalodonConfig, **kwargs: Any) -> MegalodonHfConfig:
-        """The transformers configuration of a model; kwargs are transformers' own fields."""
-        return cls(**config.to_dict(), **kwargs)
-
-    def core(self) -> MegalodonConfig:
-        """The configuration that `Megalodon` takes."""
-        return MegalodonConfig.from_dict({name: getattr(self, name) for name in _FIELDS})
 
 
 class MegalodonCache:
@@ -385,27 +312,3 @@ def _padding(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(tokens.device) != 0
     return None if bool(mask.all()) else mask
-
-
-def byte_tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer whose 256 tokens are the bytes, token = byte value, for models on bytes.
-
-    It pads on the left with byte 0. There is no beginning or end of a text; kwargs go to
-    `PreTrainedTokenizerFast`.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = byte_letters()
-    tokenizer = Tokenizer(models.BPE({letter: byte for byte, letter in letters.items()}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    options = {
-        "padding_side": "left",
-        "pad_token": letters[0],
-        "clean_up_tokenization_spaces": False,
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**options, **kwargs})
-
-
-AutoConfig.register(MODEL_TYPE, MegalodonHfConfig, exist_ok=True)
-AutoModelForCausalLM.register(MegalodonHfConfig, MegalodonForCausalLM, exist_ok=True)
