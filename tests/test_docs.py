@@ -36,7 +36,13 @@ def test_examples_run(example: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "needed"), [("checkpoints", ["safetensors"]), ("huggingface", ["transformers"])]
+    ("page", "needed"),
+    [
+        ("checkpoints", ["safetensors"]),
+        ("generation", ["safetensors"]),
+        ("huggingface", ["transformers"]),
+        ("loss", []),
+    ],
 )
 def test_a_pages_examples_run(
     page: str, needed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,7 @@ if HAS_TORCH:
     from megalodon_ops.functional import *  # noqa: F403
     from megalodon_ops.functional import __all__ as _functional_names
     from megalodon_ops.generation import Generated, generate
+    from megalodon_ops.loss import cross_entropy
     from megalodon_ops.model import Megalodon
     from megalodon_ops.sampling import Sampling
     from megalodon_ops.session import Event, Session
@@ -53,6 +54,7 @@ if HAS_TORCH:
         "Sampling",
         "Session",
         "beam_search",
+        "cross_entropy",
         "generate",
         "load_checkpoint",
         "prefill",

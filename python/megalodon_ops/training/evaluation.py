@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from megalodon_ops.loss import cross_entropy
 from megalodon_ops.model import Megalodon
 from megalodon_ops.tokenizer import BYTES, Tokenizer
 
@@ -33,8 +33,7 @@ class ModelCoder:
 
     The first token has no context and costs log2 of the vocabulary (8 bits of a byte), so the total
     is that of a real, decodable code. The sum is float64: a million float32 terms would lose the
-    digits that pieces must agree on. `longest`: tokens in one call of the model, whose logits are
-    all there at once.
+    digits that pieces must agree on. `longest`: tokens in one call of the model.
     """
 
     def __init__(self, model: Megalodon, longest: int = DEFAULT_PIECE) -> None:
@@ -58,8 +57,9 @@ class ModelCoder:
         parts = inputs.split(self._longest, 1), targets.split(self._longest, 1)
         for part, wanted in zip(*parts, strict=True):
             if part.shape[1]:
-                logits = self._model(part, self._state, inplace_state=True)
-                nats = F.cross_entropy(logits[0], wanted[0], reduction="none")
+                hidden = self._model(part, self._state, inplace_state=True, outputs="hidden")
+                weight = self._model.output.output.weight
+                nats = cross_entropy(hidden, weight, wanted, reduction="none")
                 self.bits += nats.double().sum().item() / math.log(2)
         self._last = int(row[0, -1])
 

@@ -14,9 +14,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from megalodon_ops.config import MegalodonConfig
+from megalodon_ops.loss import cross_entropy
 from megalodon_ops.model import Megalodon
 from megalodon_ops.tokenizer import BYTES, Tokenizer
 from megalodon_ops.training import checkpoint as checkpoints
@@ -102,7 +102,7 @@ def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim
 
 
 def training_step(
-    model: torch.nn.Module,
+    model: Megalodon,
     optimizer: torch.optim.Optimizer,
     batch: tuple[torch.Tensor, torch.Tensor],
     dtype: str,
@@ -111,8 +111,8 @@ def training_step(
     """One step; returns (bits per token, gradient norm). No update if either is not finite."""
     tokens, targets = batch
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        logits = model(tokens)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        hidden = model(tokens, outputs="hidden")
+        loss = cross_entropy(hidden, model.output.output.weight, targets)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
@@ -123,7 +123,7 @@ def training_step(
 
 
 def probe_dtypes(
-    model: torch.nn.Module, options: TrainOptions, batch: tuple[torch.Tensor, torch.Tensor]
+    model: Megalodon, options: TrainOptions, batch: tuple[torch.Tensor, torch.Tensor]
 ) -> dict[str, float]:
     """Seconds of one training step in each dtype on this machine: the best of two after a warm-up,
     taken in turn. Works on a copy and puts torch's generator back: the run is not changed."""
