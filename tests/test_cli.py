@@ -25,11 +25,12 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 for needed in ("typer", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
-from megalodon_ops import cli  # noqa: E402
+from megalodon_ops import checkpoint, cli  # noqa: E402
+from megalodon_ops._atomic import write_atomically  # noqa: E402
 from megalodon_ops.sampling import Sampling  # noqa: E402
 from megalodon_ops.session import Event, Session  # noqa: E402
 from megalodon_ops.training import checkpoint as checkpoints  # noqa: E402
-from megalodon_ops.training.checkpoint import load, load_model, write_atomically  # noqa: E402
+from megalodon_ops.training.checkpoint import load, load_model  # noqa: E402
 from megalodon_ops.training.data import Windows, open_corpus, split_point  # noqa: E402
 from megalodon_ops.training.errors import CommandError  # noqa: E402
 from megalodon_ops.training.evaluation import bits_per_byte, byte_tensor, compare  # noqa: E402
@@ -436,8 +437,6 @@ def test_bad_checkpoints(
 
     wide = saved.config.replace(ffn_hidden_dim=20)
     assert "do not fit" in told("generate", "--checkpoint", saved_with(config=wide))
-    words = saved.config.replace(vocab_size=300, output_size=300)
-    assert "works on bytes" in told("generate", "--checkpoint", saved_with(config=words))
     saved_with(training={})
     assert "no complete training state" in told("train", "--out", folder, "--resume")
     saved_with(settings={})
@@ -448,7 +447,7 @@ def test_bad_checkpoints(
 def test_a_header_that_is_not_ours(trained: Path, tmp_path: Path) -> None:
     weights = {"a": torch.zeros(1)}
     path = tmp_path / "file.safetensors"
-    good = {"format": checkpoints.FORMAT, "version": "1", "config": "{}", "settings": "{}"}
+    good = {"format": checkpoint.FORMAT, "version": "1", "config": "{}", "settings": "{}"}
     for change in (
         {"version": "2"},
         {"version": "x"},

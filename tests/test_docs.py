@@ -26,16 +26,34 @@ def test_performance_is_what_was_measured() -> None:
     assert report() == TARGET.read_text(), "run `make docs`"
 
 
-@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def examples(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", examples(README))
 def test_examples_run(example: str) -> None:
     exec(compile(example, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("name", ["generation.md", "loss.md"])
-def test_documents_run(name: str) -> None:
-    """Their examples build on each other: one program."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
-    exec(compile("\n".join(examples), name, "exec"), {})
+@pytest.mark.parametrize(
+    ("page", "needed"),
+    [
+        ("checkpoints", ["safetensors"]),
+        ("generation", ["safetensors"]),
+        ("huggingface", ["transformers"]),
+        ("loss", []),
+    ],
+)
+def test_a_pages_examples_run(
+    page: str, needed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a page's examples, one after the other, in one empty folder."""
+    for name in needed:
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for example in examples((ROOT / "docs" / f"{page}.md").read_text()):
+        exec(compile(example, f"{page}.md", "exec"), names)
 
 
 def test_links_lead_somewhere() -> None:

@@ -35,6 +35,7 @@ if HAS_TORCH:
 
     from megalodon_ops._prefill import prefill
     from megalodon_ops.beam import Hypothesis, beam_search
+    from megalodon_ops.checkpoint import load_checkpoint, save_checkpoint
     from megalodon_ops.functional import *  # noqa: F403
     from megalodon_ops.functional import __all__ as _functional_names
     from megalodon_ops.generation import Generated, generate
@@ -55,7 +56,9 @@ if HAS_TORCH:
         "beam_search",
         "cross_entropy",
         "generate",
+        "load_checkpoint",
         "prefill",
+        "save_checkpoint",
         *_functional_names,
     ]
 else:

@@ -1,4 +1,4 @@
-"""The `megalodon` command: train, generate, eval, bench, info.
+"""The `megalodon` command: train, generate, eval, convert, bench, info.
 
 This module only reads arguments and prints; the work is in `training/` and
 `generate_command.py`. Torch is imported inside the commands, so that `--help` and usage errors are
@@ -36,7 +36,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Train, evaluate and run Megalodon language models on bytes.",
+    help="Train, evaluate and run Megalodon language models.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -59,6 +59,9 @@ def train(
         str | None,
         _training("A file or a folder of any bytes.", "the Python standard library's source"),
     ] = None,
+    tokenizer: Annotated[
+        str | None, _training("A tokenizer.json or a SentencePiece model.", "bytes")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew where --out holds a run already.")
@@ -68,7 +71,7 @@ def train(
     ] = None,
     steps: Annotated[int | None, _training("Length of the run in steps.", "none")] = None,
     minutes: Annotated[float | None, _training("Length of the run in minutes.", 3)] = None,
-    seq_len: Annotated[int | None, _training("Bytes in a window.", 2048)] = None,
+    seq_len: Annotated[int | None, _training("Bytes (or tokens) in a window.", 2048)] = None,
     batch_size: Annotated[int | None, _training("Windows in a step.", 1)] = None,
     lr: Annotated[float | None, _training("Highest learning rate.", 0.002)] = None,
     final_lr: Annotated[float | None, _training("Last rate, as a part of --lr.", 0.1)] = None,
@@ -110,7 +113,7 @@ def train(
     hidden_dropout: Annotated[float | None, _shape("Inside sub-layers.", 0)] = None,
     attention_dropout: Annotated[float | None, _shape("Of attention keys.", 0)] = None,
 ) -> int:
-    """Train a byte-level language model; Ctrl-C saves first, --resume continues exactly."""
+    """Train a language model on text; Ctrl-C saves first, --resume continues exactly."""
     from megalodon_ops.config import MegalodonConfig
     from megalodon_ops.training.options import TrainOptions
 
@@ -130,6 +133,8 @@ def _train(
     overwrite: bool,
     stop_after: int | None,
 ) -> int:
+    from megalodon_ops.checkpoint import FILE_NAME
+    from megalodon_ops.tokenizer import BYTES
     from megalodon_ops.training import checkpoint as checkpoints
     from megalodon_ops.training import options as settings
     from megalodon_ops.training.data import open_corpus
@@ -137,30 +142,35 @@ def _train(
     from megalodon_ops.training.loop import Trainer
 
     saved = None
-    if given.get("data"):
-        # Absolute, so that --resume and eval find it from anywhere.
-        given["data"] = os.path.abspath(given["data"])
+    for name in ("data", "tokenizer"):
+        if given.get(name):
+            # Absolute, so that --resume and eval find it from anywhere.
+            given[name] = os.path.abspath(given[name])
     if resume:
         saved = checkpoints.load(out, training=True)
         out = checkpoints.find(out).parent
         settings.check_resumed_config(saved.config, preset, shape, str(out))
         config = saved.config
         options = settings.resumed_options(_saved_options(saved), given, str(out))
+        tokenizer = checkpoints.tokenizer_of(saved, out, given.get("tokenizer"))
     else:
-        config = settings.build_config(preset, shape)
         options = settings.TrainOptions(**given)
-        if (out / checkpoints.FILE_NAME).exists() and not overwrite:
+        tokenizer = checkpoints.read_tokenizer(options.tokenizer) if options.tokenizer else BYTES
+        config = settings.build_config(preset, shape, tokenizer.vocab_size)
+        if (out / FILE_NAME).exists() and not overwrite:
             raise CommandError(
                 f"{out} already holds a run: --resume goes on with it, --overwrite discards it"
             )
     corpus = open_corpus(options.data)
     out.mkdir(parents=True, exist_ok=True)
+    checkpoints.keep_tokenizer(tokenizer, out)
 
+    unit = "bytes" if tokenizer is BYTES else "tokens"
     display = Display(Console())
     display.say(f"corpus: {corpus.name}, {corpus.size:,} bytes in {len(corpus.files):,} files")
-    trainer = Trainer(config, options, corpus, out, display, saved)
+    trainer = Trainer(config, options, corpus, out, display, saved, tokenizer)
     display.say(
-        f"model: {trainer.parameter_count:,} parameters; windows of {options.seq_len} bytes, "
+        f"model: {trainer.parameter_count:,} parameters; windows of {options.seq_len} {unit}, "
         f"{options.batch_size} a step; {trainer.options.dtype}"
     )
     if trainer.progress() >= 1:
@@ -232,12 +242,15 @@ def generate(
     save_state: Annotated[
         str | None, typer.Option(help="Write the state at the end, or at Ctrl-C, to this file.")
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer's file; the run's own if absent.")
+    ] = None,
     echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.")] = True,
     timing: Annotated[bool, typer.Option("--timing", help="Print ms/token at the end.")] = False,
 ) -> int:
     """Stream text from a checkpoint as it is made, at constant memory."""
     from megalodon_ops.generate_command import Request, run
-    from megalodon_ops.training.checkpoint import load_model
+    from megalodon_ops.training.checkpoint import load_model, tokenizer_of
 
     drawing = {
         "temperature": temperature,
@@ -262,8 +275,8 @@ def generate(
         timing,
     )
     request.check()
-    model, _ = load_model(checkpoint)
-    return run(model, request)
+    model, saved = load_model(checkpoint)
+    return run(model, request, tokenizer_of(saved, checkpoint, tokenizer))
 
 
 @app.command(name="eval")
@@ -276,14 +289,20 @@ def evaluate(
         str, typer.Option(help="A run's folder or a checkpoint file.")
     ] = DEFAULT_OUT,
     max_bytes: Annotated[int, typer.Option(min=0, help="Stop after this many; 0: all.")] = 0,
-    piece: Annotated[int, typer.Option(min=1, help="Bytes in one call of the model.")] = 2048,
+    piece: Annotated[
+        int, typer.Option(min=1, help="Bytes (or tokens) in one call of the model.")
+    ] = 2048,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer's file; the run's own if absent.")
+    ] = None,
 ) -> int:
     """Bits per byte of any file, streamed at constant memory, next to gzip -9 and xz -9."""
-    from megalodon_ops.training.checkpoint import load_model
+    from megalodon_ops.training.checkpoint import load_model, tokenizer_of
     from megalodon_ops.training.data import open_corpus
     from megalodon_ops.training.evaluation import compare
 
     model, saved = load_model(checkpoint)
+    coder = tokenizer_of(saved, checkpoint, tokenizer)
     corpus, start = (open_corpus(path), 0) if path is not None else _held_out(saved)
     stop = min(corpus.size, start + max_bytes) if max_bytes else corpus.size
 
@@ -293,9 +312,16 @@ def evaluate(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=stop - start)
-        result = compare(
-            model, corpus.pieces(start, stop, piece), lambda count: bar.advance(task, count)
-        )
+        try:
+            result = compare(
+                model,
+                corpus.pieces(start, stop, piece),
+                lambda count: bar.advance(task, count),
+                coder,
+                piece,
+            )
+        except ValueError as error:  # a byte that the tokenizer has no token for
+            raise CommandError(str(error)) from error
     part = "" if path is not None else ", held out"
     print(f"{corpus.name}{part}: {result.count:,} bytes, {result.model:.4f} bits/byte")
     print(f"  megalodon  {result.model:.4f}")
@@ -318,6 +344,33 @@ def _held_out(saved: Checkpoint) -> tuple[Corpus, int]:
     if start >= corpus.size:
         raise CommandError("this run kept no part of its corpus from training; name a file instead")
     return corpus, start
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint: a run's folder, an official folder, or a file.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Where to: FILE.safetensors, or a new folder.")],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="safetensors, official, or hf (transformers).",
+            show_default="safetensors for a file of that name, official for a folder",
+        ),
+    ] = None,
+    num_shards: Annotated[
+        int, typer.Option(min=1, help="Model-parallel ranks of an official checkpoint.")
+    ] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16 or float64.", show_default="the source's"),
+    ] = None,
+) -> int:
+    """Convert between our safetensors file, official consolidated checkpoints, transformers."""
+    from megalodon_ops.convert_command import run
+
+    return run(source, target, format, num_shards, dtype)
 
 
 @app.command()

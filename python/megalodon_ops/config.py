@@ -30,7 +30,7 @@ _FLAGS = ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "la
 _DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout")
 
 # How a model is trained, not what it computes: a state or a checkpoint outlives a change of these.
-_NOT_IN_FINGERPRINT = (*_DROPOUTS, "init_mode", "layerwise_ckpt")
+NOT_IN_FINGERPRINT = (*_DROPOUTS, "init_mode", "layerwise_ckpt")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class MegalodonConfig:
 
     def _hash(self) -> str:
         fields = self.to_dict()
-        for name in _NOT_IN_FINGERPRINT:
+        for name in NOT_IN_FINGERPRINT:
             del fields[name]
         fields["rope_base"] = self.rope_base_value
         fields["output_size"] = self.num_outputs

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -18,6 +18,7 @@ from megalodon_ops.beam import beam_search
 from megalodon_ops.model import Megalodon
 from megalodon_ops.sampling import Sampling
 from megalodon_ops.session import Session
+from megalodon_ops.tokenizer import BYTES, Tokenizer
 from megalodon_ops.training.errors import CommandError
 
 # What an empty prompt means: text begins after a line break.
@@ -112,17 +113,17 @@ class _Clock:
     seconds: float = 0.0
 
 
-def run(model: Megalodon, request: Request) -> int:
+def run(model: Megalodon, request: Request, tokenizer: Tokenizer = BYTES) -> int:
     """Generate and print; returns the exit code. Raises CommandError and OSError."""
     try:
-        return _run(model, request)
+        return _run(model, request, tokenizer)
     except BrokenPipeError:
         # The reader (`| head`) has enough. Python must not fail once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE_CLOSED
 
 
-def _run(model: Megalodon, request: Request) -> int:
+def _run(model: Megalodon, request: Request, tokenizer: Tokenizer) -> int:
     text, clock = _Text(), _Clock()
     seed = request.seed
     if seed is None and request.load_state is None:
@@ -130,19 +131,26 @@ def _run(model: Megalodon, request: Request) -> int:
 
     def echoed() -> Iterator[bytes]:
         for piece in request.pieces():
-            clock.prompt_tokens += len(piece)
             if request.echo:
                 text.show(piece)
             yield piece
-        if not clock.prompt_tokens and request.load_state is None:
-            yield EMPTY_PROMPT
+
+    def tokens() -> Iterator[Sequence[int]]:
+        try:
+            for part in tokenizer.stream(echoed()):
+                clock.prompt_tokens += len(part)
+                yield part
+            if not clock.prompt_tokens and request.load_state is None:
+                yield tokenizer.encode(EMPTY_PROMPT)
+        except ValueError as error:  # a byte that the tokenizer has no token for
+            raise CommandError(str(error)) from error
 
     begin = time.perf_counter()
     if request.beams:
-        return _search(model, request, echoed(), text)
-    session = _session(model, request, seed, echoed())
+        return _search(model, request, tokenizer, tokens(), text)
+    session = _session(model, request, tokenizer, seed, tokens())
     clock.prompt_seconds = time.perf_counter() - begin
-    interrupted = _stream(session, request, text, clock)
+    interrupted = _stream(session, request, tokenizer, text, clock)
     if request.save_state is not None and session.rows:
         session.save(request.save_state)
     text.close()
@@ -158,16 +166,29 @@ def _run(model: Megalodon, request: Request) -> int:
 
 
 def _session(
-    model: Megalodon, request: Request, seed: int | None, prompt: Iterator[bytes]
+    model: Megalodon,
+    request: Request,
+    tokenizer: Tokenizer,
+    seed: int | None,
+    prompt: Iterator[Sequence[int]],
 ) -> Session:
     """A session of one row that has read the prompt."""
     if request.load_state is None:
-        session = Session(model, Sampling(**request.sampling), stop=request.stop)
+        session = Session(
+            model,
+            Sampling(**request.sampling),
+            stop=request.stop,
+            token_bytes=tokenizer.token_bytes,
+        )
         session.add([prompt], 0 if seed is None else seed)
         return session
     try:
         session = Session.load(
-            request.load_state, model, request.sampling, stop=request.stop or None
+            request.load_state,
+            model,
+            request.sampling,
+            stop=request.stop or None,
+            token_bytes=tokenizer.token_bytes,
         )
         if len(session.rows) != 1:
             raise ValueError(f"{request.load_state}: holds {len(session.rows)} rows; wanted one")
@@ -182,12 +203,14 @@ def _session(
     return session
 
 
-def _chained(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+def _chained(first: Sequence[int], rest: Iterator[Sequence[int]]) -> Iterator[Sequence[int]]:
     yield first
     yield from rest
 
 
-def _stream(session: Session, request: Request, text: _Text, clock: _Clock) -> bool:
+def _stream(
+    session: Session, request: Request, tokenizer: Tokenizer, text: _Text, clock: _Clock
+) -> bool:
     """Print tokens until the limit, a stop sequence or Ctrl-C; whether it was Ctrl-C."""
     limit = request.max_new_tokens
     with _ctrl_c(deferred=request.save_state is not None) as asked:
@@ -197,11 +220,11 @@ def _stream(session: Session, request: Request, text: _Text, clock: _Clock) -> b
                 event = session.step()[0]
                 clock.tokens += 1
                 clock.seconds += time.perf_counter() - begin
-                text.show(bytes(event.tokens) + event.rest)
+                text.show(tokenizer.decode(event.tokens) + event.rest)
         except KeyboardInterrupt:
             return True
     if session.rows and request.save_state is None:
-        text.show(bytes(session.flush(session.rows[0])))
+        text.show(tokenizer.decode(session.flush(session.rows[0])))
     return bool(asked)
 
 
@@ -226,7 +249,13 @@ def _ctrl_c(deferred: bool) -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _search(model: Megalodon, request: Request, prompt: Iterator[bytes], text: _Text) -> int:
+def _search(
+    model: Megalodon,
+    request: Request,
+    tokenizer: Tokenizer,
+    prompt: Iterator[Sequence[int]],
+    text: _Text,
+) -> int:
     assert request.max_new_tokens is not None
     best = beam_search(
         model,
@@ -235,8 +264,9 @@ def _search(model: Megalodon, request: Request, prompt: Iterator[bytes], text: _
         beams=request.beams,
         length_penalty=request.length_penalty,
         stop=request.stop,
+        token_bytes=tokenizer.token_bytes,
     )[0][0]
-    text.show(bytes(best.tokens) + best.rest)
+    text.show(tokenizer.decode(best.tokens) + best.rest)
     text.close()
     if request.timing:
         print(

@@ -1,31 +1,31 @@
-"""Checkpoints: one safetensors file with the weights, and, under `training.`, what resuming needs.
+"""A run's checkpoint: the file of `megalodon_ops.checkpoint`, with what resuming needs beside it.
 
-The weights stand under their plain parameter names, so any safetensors reader can take them. The
-header's metadata holds the configuration and the run's settings as JSON. Nothing is ever unpickled.
+The weights stand under their plain parameter names, so any safetensors reader can take them; what
+only a resumed run needs has the prefix `training.`. Errors are the command's.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
+from megalodon_ops._atomic import write_atomically
+from megalodon_ops.checkpoint import (
+    FILE_NAME,
+    TRAINING,
+    build,
+    find_file,
+    read_safetensors,
+    write_safetensors,
+)
 from megalodon_ops.config import MegalodonConfig
 from megalodon_ops.model import Megalodon
+from megalodon_ops.tokenizer import BYTES, Tokenizer, load_tokenizer
 from megalodon_ops.training.errors import CommandError
-
-FILE_NAME = "checkpoint.safetensors"
-FORMAT = "megalodon_ops.checkpoint"
-VERSION = 1
-TRAINING = "training."
-BYTE_VALUES = 256
 
 
 @dataclass
@@ -42,60 +42,18 @@ class Checkpoint:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` completely or not at all.
-
-    The bytes go to a temporary file beside it, reach the disk, and only then take the name; so a
-    full disk, a crash or a second Ctrl-C leaves the previous file as it was. Raises OSError.
-    """
-    # One fixed name: what a killed process left behind is overwritten, and cannot pile up.
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The rename itself is durable only when the folder's entry is on the disk.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _free_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors of which no two share memory (safetensors refuses tied weights)."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        result[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return result
-
-
 def save(checkpoint: Checkpoint, folder: Path) -> Path:
     """Write `folder/checkpoint.safetensors` atomically; raises CommandError, nothing lost."""
     path = folder / FILE_NAME
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "config": json.dumps(checkpoint.config.to_dict()),
-        "settings": json.dumps(checkpoint.settings),
-    }
     tensors = dict(checkpoint.weights)
     tensors |= {TRAINING + name: tensor for name, tensor in checkpoint.training.items()}
-    data = safetensors.torch.save(_free_storage(tensors), metadata)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     try:
-        write_atomically(path, data)
+        write_safetensors(path, checkpoint.config, tensors, checkpoint.settings)
     except OSError as error:
         kept = "the previous checkpoint is intact" if path.exists() else "there was none before"
         raise CommandError(
-            f"cannot save {path}: {error.strerror or error} ({len(data) / 1e6:.1f} MB to write, "
+            f"cannot save {path}: {error.strerror or error} ({size / 1e6:.1f} MB to write, "
             f"{_free_bytes(folder) / 1e6:.1f} MB free); {kept}"
         ) from error
     return path
@@ -110,11 +68,12 @@ def _free_bytes(folder: Path) -> int:
 
 def find(path: str | Path) -> Path:
     """The checkpoint file that `path`, a run's folder or the file itself, means."""
-    path = Path(path)
-    file = path / FILE_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise CommandError(f"no checkpoint at {file}; `megalodon train --out FOLDER` makes one")
-    return file
+    try:
+        return find_file(Path(path))
+    except FileNotFoundError as error:
+        raise CommandError(
+            f"no checkpoint at {path}; `megalodon train --out FOLDER` makes one"
+        ) from error
 
 
 def load(path: str | Path, training: bool = False) -> Checkpoint:
@@ -124,24 +83,11 @@ def load(path: str | Path, training: bool = False) -> Checkpoint:
     """
     file = find(path)
     try:
-        with safetensors.safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CommandError(
-                    f"{file} is a safetensors file, but not a checkpoint of `megalodon train` "
-                    "(its header has no configuration)"
-                )
-            config, settings = _read_metadata(file, metadata)
-            # clone: what is read must not stay tied to a file that a later save replaces.
-            tensors = {
-                name: handle.get_tensor(name).clone()
-                for name in handle.keys()  # noqa: SIM118 (the handle is not a dict)
-                if training or not name.startswith(TRAINING)
-            }
-    except safetensors.SafetensorError as error:
-        raise CommandError(
-            f"{file} is truncated, damaged or not a safetensors file: {error}"
-        ) from error
+        config, settings, tensors = read_safetensors(
+            file, lambda name: training or not name.startswith(TRAINING)
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     except OSError as error:
         raise CommandError(f"cannot read {file}: {error.strerror or error}") from error
     return Checkpoint(
@@ -156,21 +102,6 @@ def load(path: str | Path, training: bool = False) -> Checkpoint:
     )
 
 
-def _read_metadata(file: Path, metadata: dict[str, str]) -> tuple[MegalodonConfig, dict[str, Any]]:
-    try:
-        if int(metadata["version"]) > VERSION:
-            raise CommandError(f"{file} was written by a newer megalodon_ops; update to read it")
-        config = MegalodonConfig.from_dict(json.loads(metadata["config"]))
-        settings = json.loads(metadata["settings"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CommandError(f"{file} has a header that cannot be read: {error}") from error
-    if config.vocab_size != BYTE_VALUES:
-        raise CommandError(
-            f"{file} holds a model of {config.vocab_size} tokens; this command works on bytes (256)"
-        )
-    return config, settings
-
-
 def load_weights(model: Megalodon, checkpoint: Checkpoint, name: str | Path) -> None:
     """Put the weights into the model, strictly."""
     try:
@@ -182,10 +113,70 @@ def load_weights(model: Megalodon, checkpoint: Checkpoint, name: str | Path) -> 
         ) from error
 
 
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file; raises CommandError."""
+    try:
+        return load_tokenizer(path)
+    except (ImportError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+
+
+def kept_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer beside a checkpoint, if it is a run's and has one; else bytes."""
+    if not (path.is_file() or (path / FILE_NAME).is_file()) or path.suffix in (".pth", ".pt"):
+        return BYTES
+    checkpoint = load(path)
+    return tokenizer_of(checkpoint, path) if checkpoint.settings.get("tokenizer") else BYTES
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put the tokenizer's file into a run's folder."""
+    if tokenizer.file_name:
+        write_atomically(folder / tokenizer.file_name, tokenizer.data)
+
+
+def tokenizer_of(checkpoint: Checkpoint, path: str | Path, given: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint: the file `given`, or the one that its run has kept.
+
+    Raises CommandError where it is not the one that the model was trained with, or is missing.
+    """
+    kept = checkpoint.settings.get("tokenizer")
+    if not isinstance(kept, dict):
+        kept = None
+    vocab_size = checkpoint.config.vocab_size
+    if given is not None:
+        tokenizer = read_tokenizer(given)
+    elif kept is not None:
+        # Its name alone: a checkpoint from elsewhere must not choose among this machine's files.
+        tokenizer = read_tokenizer(find(path).parent / Path(str(kept.get("file"))).name)
+    elif vocab_size == BYTES.vocab_size:
+        return BYTES
+    else:
+        raise CommandError(
+            f"{find(path)} holds a model of {vocab_size} tokens and no tokenizer: bytes are 256; "
+            "give --tokenizer FILE"
+        )
+    if "options" in checkpoint.settings and tokenizer.identity() != kept:
+        raise CommandError(
+            f"the tokenizer {given or tokenizer.file_name} is not the one that the model in "
+            f"{find(path)} was trained with" + ("" if kept else " (it was trained on bytes)")
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise CommandError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens; the model in {find(path)} has "
+            f"{vocab_size}"
+        )
+    return tokenizer
+
+
 def load_model(path: str | Path) -> tuple[Megalodon, Checkpoint]:
     """The model of a checkpoint, in eval mode, and the checkpoint without its weights."""
     checkpoint = load(path)
-    model = Megalodon(checkpoint.config)
-    load_weights(model, checkpoint, find(path))
+    try:
+        model = build(checkpoint.config, checkpoint.weights, str(find(path)))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     checkpoint.weights = {}
     return model.eval(), checkpoint

@@ -10,10 +10,13 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
+from megalodon_ops._atomic import replacing
+from megalodon_ops.tokenizer import Tokenizer
 from megalodon_ops.training.errors import CommandError
 
 # The default corpus is source text: third-party packages are not the standard library, and the
@@ -35,6 +38,7 @@ class Corpus:
     name: str
     files: tuple[Path, ...]
     starts: tuple[int, ...]
+    unit: ClassVar[str] = "bytes"
 
     @property
     def size(self) -> int:
@@ -52,6 +56,10 @@ class Corpus:
             start += take
             index += 1
         return b"".join(pieces)
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """The tokens, which are bytes, `[start, start + length)`."""
+        return np.frombuffer(self.read(start, length), np.uint8)
 
     def pieces(self, start: int, stop: int, piece: int) -> Iterator[bytes]:
         """The bytes `[start, stop)` in pieces of `piece` bytes, the last one shorter."""
@@ -139,28 +147,55 @@ def split_point(corpus: Corpus, held_out_percent: float) -> int:
     return corpus.size - round(corpus.size * held_out_percent / 100)
 
 
-class Windows:
-    """Random windows of `length + 1` bytes from the first `stop` bytes of a corpus.
+class TokenFile:
+    """The tokens of a part of a corpus, in a file that is mapped into memory.
 
-    Step `i` draws from the counter-based generator Philox with the key (seed, i), so a batch
-    depends on nothing but the seed and the step: a resumed run sees the bytes it would have seen.
+    It is made anew by every session of a run: it holds nothing that corpus and tokenizer do not.
     """
 
-    def __init__(self, corpus: Corpus, stop: int, length: int, batch_size: int, seed: int) -> None:
+    unit = "tokens"
+
+    def __init__(self, path: Path, corpus: Corpus, stop: int, tokenizer: Tokenizer) -> None:
+        self.name = corpus.name
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            for tokens in tokenizer.stream(corpus.pieces(0, stop, FINGERPRINT_HEAD)):
+                np.asarray(tokens, np.uint32).tofile(file)
+        size = path.stat().st_size // 4
+        self._tokens = np.memmap(path, np.uint32, "r") if size else np.zeros(0, np.uint32)
+
+    @property
+    def size(self) -> int:
+        return len(self._tokens)
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """The tokens `[start, start + length)`."""
+        return self._tokens[start : start + length]
+
+
+class Windows:
+    """Random windows of `length + 1` tokens from the first `stop` tokens of a corpus.
+
+    Step `i` draws from the counter-based generator Philox with the key (seed, i), so a batch
+    depends on nothing but the seed and the step: a resumed run sees the text it would have seen.
+    """
+
+    def __init__(
+        self, corpus: Corpus | TokenFile, stop: int, length: int, batch_size: int, seed: int
+    ) -> None:
         if stop < length + 1:
             raise CommandError(
                 f"the corpus {corpus.name!r} is shorter than a window: its training part has "
-                f"{stop} bytes and a window needs {length + 1} (--seq-len {length} and one more)"
+                f"{stop} {corpus.unit} and a window needs {length + 1} (--seq-len {length} and one "
+                "more)"
             )
         self._corpus, self._length, self._batch_size, self._seed = corpus, length, batch_size, seed
         self._choices = stop - length
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens, targets: (batch_size, length) int64 each, targets one byte later."""
+        """tokens, targets: (batch_size, length) int64 each, targets one token later."""
         # Raw 64-bit draws: NumPy keeps them the same for ever, which it does not promise of
         # Generator.integers. The bias of the remainder is below size / 2^64.
         draws = np.random.Philox(key=[self._seed, step]).random_raw(self._batch_size)
-        rows = [self._corpus.read(int(draw) % self._choices, self._length + 1) for draw in draws]
-        window = torch.from_numpy(np.stack([np.frombuffer(row, np.uint8) for row in rows]))
-        tokens = window.long()
+        rows = [self._corpus.window(int(draw) % self._choices, self._length + 1) for draw in draws]
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

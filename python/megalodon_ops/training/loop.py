@@ -18,9 +18,10 @@ import torch
 from megalodon_ops.config import MegalodonConfig
 from megalodon_ops.loss import cross_entropy
 from megalodon_ops.model import Megalodon
+from megalodon_ops.tokenizer import BYTES, Tokenizer
 from megalodon_ops.training import checkpoint as checkpoints
 from megalodon_ops.training.checkpoint import Checkpoint
-from megalodon_ops.training.data import Corpus, Windows, split_point
+from megalodon_ops.training.data import Corpus, TokenFile, Windows, split_point
 from megalodon_ops.training.display import Display
 from megalodon_ops.training.errors import CommandError
 from megalodon_ops.training.evaluation import DEFAULT_PIECE, bits_per_byte
@@ -33,6 +34,7 @@ SMOOTHING = 0.95
 PROBE_ROUNDS = 2
 OPTIMIZER = "optimizer."
 GENERATOR = "generator"
+TOKENS_NAME = "tokens.u32"
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
@@ -106,7 +108,7 @@ def training_step(
     dtype: str,
     clip: float,
 ) -> tuple[float, float]:
-    """One step; returns (bits per byte, gradient norm). No update if either is not finite."""
+    """One step; returns (bits per token, gradient norm). No update if either is not finite."""
     tokens, targets = batch
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         hidden = model(tokens, outputs="hidden")
@@ -144,6 +146,9 @@ class Trainer:
     `resume` is the checkpoint to go on from (with its training part), or None for a new run.
     """
 
+    # Of the training text; reports are in bits per byte, whatever a token is.
+    _tokens_per_byte = 1.0
+
     def __init__(
         self,
         config: MegalodonConfig,
@@ -152,6 +157,7 @@ class Trainer:
         out: Path,
         display: Display,
         resume: Checkpoint | None = None,
+        tokenizer: Tokenizer = BYTES,
     ) -> None:
         self.out, self.display, self.config = out, display, config
         self.step, self.seconds, self.trained_seconds = 0, 0.0, 0.0
@@ -161,9 +167,8 @@ class Trainer:
                 f"--resume: the corpus {corpus.name!r} is not the one this run was trained on"
             )
         self._held_out_start = split_point(corpus, options.held_out)
-        self._windows = Windows(
-            corpus, self._held_out_start, options.seq_len, options.batch_size, options.seed
-        )
+        self._tokenizer = tokenizer
+        self._windows = self._open_windows(options)
         if options.threads:
             torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
@@ -172,6 +177,25 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, self.options)
         if resume is not None:
             self._restore(resume)
+
+    def _open_windows(self, options: TrainOptions) -> Windows:
+        """The training text in windows; what is no byte is encoded first."""
+        source: Corpus | TokenFile = self._corpus
+        stop = self._held_out_start
+        if self._tokenizer is not BYTES:
+            try:
+                source = TokenFile(
+                    self.out / TOKENS_NAME, self._corpus, self._held_out_start, self._tokenizer
+                )
+            except ValueError as error:
+                raise CommandError(str(error)) from error
+            stop = source.size
+            self._tokens_per_byte = stop / max(1, self._held_out_start)
+            self.display.say(
+                f"{stop:,} tokens of {self._tokenizer.vocab_size:,} kinds, "
+                f"{1 / max(self._tokens_per_byte, 1e-9):.2f} bytes each"
+            )
+        return Windows(source, stop, options.seq_len, options.batch_size, options.seed)
 
     @property
     def parameter_count(self) -> int:
@@ -228,6 +252,7 @@ class Trainer:
             "trained_seconds": self.trained_seconds,
             "options": dataclasses.asdict(self.options),
             "corpus": self._fingerprint,
+            "tokenizer": self._tokenizer.identity(),
             "held_out_start": self._held_out_start,
             "used_threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -247,7 +272,7 @@ class Trainer:
         """Held-out bits per byte (the first `eval_bytes` of the held-out part), or None."""
         stop = min(self._corpus.size, self._held_out_start + self.options.eval_bytes)
         pieces = self._corpus.pieces(self._held_out_start, stop, DEFAULT_PIECE)
-        return bits_per_byte(self.model, pieces, lambda: interrupt.asked)
+        return bits_per_byte(self.model, pieces, lambda: interrupt.asked, self._tokenizer)
 
     def run(self, stop_after: int | None = None) -> Outcome:
         """Train to the end, or until Ctrl-C, or for `stop_after` steps; save; draw the curve."""
@@ -306,6 +331,7 @@ class Trainer:
                     f"the loss or its gradient is not finite at step {self.step + 1}; stopped, and "
                     "what was saved before is intact; a lower --lr may help"
                 )
+            bits *= self._tokens_per_byte
             self.step += 1
             step_seconds = time.perf_counter() - step_begin
             self.trained_seconds += step_seconds

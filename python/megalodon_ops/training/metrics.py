@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megalodon_ops.training.checkpoint import write_atomically
+from megalodon_ops._atomic import write_atomically
 from megalodon_ops.training.errors import CommandError
 
 FILE_NAME = "metrics.jsonl"

@@ -26,13 +26,21 @@ DEMO_SHAPE: Mapping[str, Any] = {
     "swiglu": False,
     "share_emb": True,
 }
-VOCABULARY = {"vocab_size": 256, "output_size": 256}  # bytes
 DEFAULT_MINUTES = 3.0
 DTYPES = ("auto", "float32", "bfloat16")
 # Options that may differ when a run is resumed: they change when it ends and what it reports, and
 # nothing about the steps in between but the learning rate's schedule.
 REPLACEABLE = frozenset(
-    {"data", "steps", "minutes", "eval_every", "eval_bytes", "checkpoint_every", "threads"}
+    {
+        "data",
+        "tokenizer",
+        "steps",
+        "minutes",
+        "eval_every",
+        "eval_bytes",
+        "checkpoint_every",
+        "threads",
+    }
 )
 
 
@@ -40,11 +48,13 @@ REPLACEABLE = frozenset(
 class TrainOptions:
     """One training run. Exactly one of `steps` and `minutes` is set (default: 3 minutes).
 
-    data: a file, a folder, or None for the Python standard library. held_out: percent of the bytes.
+    data: a file, a folder, or None for the Python standard library. tokenizer: a file, or None for
+    bytes. held_out: percent of the bytes.
     final_lr: the learning rate at the end, as a part of `lr`. threads: 0 leaves torch's choice.
     """
 
     data: str | None = None
+    tokenizer: str | None = None
     seq_len: int = 2048
     batch_size: int = 1
     steps: int | None = None
@@ -77,6 +87,7 @@ class TrainOptions:
         ):
             self._require(name, lambda value: value >= 1, "at least 1")
         self._require("data", lambda value: value != "", "the path of a file or folder")
+        self._require("tokenizer", lambda value: value != "", "the path of a file")
         for name in ("warmup_steps", "threads"):
             self._require(name, lambda value: value >= 0, "0 or more")
         self._require("seed", lambda value: 0 <= value < 2**63, "from 0 to 2^63 - 1")
@@ -104,12 +115,15 @@ def option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def build_config(preset: str | None, given: Mapping[str, Any]) -> MegalodonConfig:
-    """The byte-level configuration: the preset's or the demo's shape, changed by what was given."""
+def build_config(
+    preset: str | None, given: Mapping[str, Any], vocab_size: int = 256
+) -> MegalodonConfig:
+    """The preset's or the demo's shape, changed by what was given, for a tokenizer's vocabulary."""
+    vocabulary = {"vocab_size": vocab_size, "output_size": vocab_size}
     try:
         if preset is None:
-            return MegalodonConfig.from_dict({**DEMO_SHAPE, **VOCABULARY, **given})
-        return MegalodonConfig.preset(preset).replace(**VOCABULARY, **given)
+            return MegalodonConfig.from_dict({**DEMO_SHAPE, **vocabulary, **given})
+        return MegalodonConfig.preset(preset).replace(**vocabulary, **given)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
 
@@ -143,7 +157,7 @@ def check_resumed_config(
     """Raise CommandError when the shape that was asked for is not the checkpoint's."""
     asked = dict(given)
     if preset is not None:
-        asked = build_config(preset, given).to_dict()
+        asked = build_config(preset, given, saved.vocab_size).to_dict()
     for name, value in asked.items():
         if value != getattr(saved, name, None):
             raise _conflict(name, getattr(saved, name, None), value, where)
