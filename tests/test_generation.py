@@ -15,6 +15,7 @@ from rows import assert_same_state
 from small_model import random_tokens, small_model
 
 from megalodon_ops import _files
+from megalodon_ops import sampling as sampling_module
 from megalodon_ops._prefill import prefill
 from megalodon_ops.beam import beam_search
 from megalodon_ops.generation import Generated, generate
@@ -71,6 +72,33 @@ def test_frequencies() -> None:
     drawn = torch.tensor(sample(rows, WARM, [generator] * 4000))
     counts = torch.bincount(drawn, minlength=4) / 4000
     torch.testing.assert_close(counts, logits.softmax(0), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.01}, {"min_p": 1e-9}, {"top_k": 40}, {},
+     {"top_k": 40, "top_p": 0.8}, {"top_p": 0.9, "min_p": 0.01}, {"top_p": 1e-9}],
+)  # fmt: skip
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_large_vocabulary_is_not_sorted(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ties: bool
+) -> None:
+    """And the draws are those from the sorted one, equal logits included."""
+    logits = 4 * torch.randn(3, 5000)
+    logits = logits.bfloat16().float() if ties else logits
+    logits[2] = logits[2] if options.get("min_p") else logits[2] / 100  # nothing stands out
+
+    def drawn() -> list[list[int]]:
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        return [sample(logits, Sampling(temperature=1.0, **options), generators) for _ in range(40)]
+
+    fast = drawn()
+    monkeypatch.setattr(sampling_module, "_SMALL", 5000)
+    if not options:  # drawn in the vocabulary's order
+        flat = torch.tensor(fast).T
+        assert all(len(row.unique()) > 5 for row in flat)
+    elif not (ties and options.get("top_k")):  # of equal ones either may be the k-th
+        assert fast == drawn()
 
 
 def test_rows_do_not_share_draws() -> None:
@@ -305,6 +333,24 @@ def test_prompts_of_any_kind() -> None:
     assert all(result == results[0] for result in results)
     assert generate(model, [], 5) == []
     assert generate(model, [text], 0) == [Generated()]
+
+
+def test_long_prompts_are_read_in_pieces() -> None:
+    """No call of the model sees more than `piece` tokens, and no more logits than rows are made."""
+    model, calls, heads = small_model(), [], []
+    model.embed.register_forward_hook(lambda _, args, __: calls.append(args[0].numel()))
+    model.output.output.register_forward_hook(lambda _, __, y: heads.append(y.shape[:-1].numel()))
+
+    def pieces() -> Iterator[list[int]]:
+        for i in range(50):
+            yield prompt(37, seed=i)
+
+    logits, state = prefill(model, [pieces(), prompt(100), prompt(3)], piece=64)
+    assert max(calls) <= 64
+    assert max(heads) <= 3
+    assert state.position.tolist() == [1850, 100, 3]
+    whole = [token for i in range(50) for token in prompt(37, seed=i)]
+    torch.testing.assert_close(logits[0], next_logits(model, whole), rtol=1e-9, atol=1e-10)
 
 
 def test_bad_prompts() -> None:
