@@ -81,7 +81,7 @@ __attribute__((always_inline)) inline void for_each_index(const F& f, std::integ
   (f(J), ...);
 }
 
-// `groups` adjacent groups of K channels; where P > 0, whole blocks. Below, f(j, i, n) is called with the index j of
+// `groups` adjacent groups of K channels. Below, f(j, i, n) is called with the index j of
 // spread(), the channel i to start at and the number n of channels that are there: a constant W where that is certain.
 // Up to eight vectors of a block are unrolled: with four, groups of 16 and 32 channels took up to 1.3 times as long on
 // AVX2.
@@ -127,7 +127,12 @@ struct Groups {
   template <class F>
   __attribute__((always_inline)) void visit(int64_t g, int64_t j, const F& f) const {
     if constexpr (P > 0) {
-      f(j, g * P + j * W, int64_t{W});
+      const int64_t i = g * P + j * W, n = groups * P - i;
+      if (n >= W) {
+        f(j, i, int64_t{W});
+      } else if (n > 0) {
+        f(j, i, n);
+      }
     } else if (g + j < groups) {
       const int64_t begin = (g + j) * K;
       int64_t m = 0;
@@ -137,21 +142,19 @@ struct Groups {
   }
 };
 
-// Calls f(std::integral_constant<int, P>) with the P that fits G groups of K channels.
+// Calls f(std::integral_constant<int, P>) with the P that fits groups of K channels.
 template <class A, class F>
-void visit_group_size(int64_t G, int64_t K, const F& f) {
+void visit_group_size(int64_t K, const F& f) {
   constexpr int W = kLanes<A>;
   if constexpr (std::is_same_v<A, float>) {  // float64 is for checks: not worth its compile time
-    if (G % W == 0) {
-      if (K == 1) return f(std::integral_constant<int, 1>{});
-      if (K == 2) return f(std::integral_constant<int, 2>{});
-      if (K == 4) return f(std::integral_constant<int, 4>{});
-      if constexpr (W >= 8) {
-        if (K == 8) return f(std::integral_constant<int, 8>{});
-      }
-      if constexpr (W >= 16) {
-        if (K == 16) return f(std::integral_constant<int, 16>{});
-      }
+    if (K == 1) return f(std::integral_constant<int, 1>{});
+    if (K == 2) return f(std::integral_constant<int, 2>{});
+    if (K == 4) return f(std::integral_constant<int, 4>{});
+    if constexpr (W >= 8) {
+      if (K == 8) return f(std::integral_constant<int, 8>{});
+    }
+    if constexpr (W >= 16) {
+      if (K == 16) return f(std::integral_constant<int, 16>{});
     }
   }
   f(std::integral_constant<int, 0>{});

@@ -192,6 +192,22 @@ inline V first_lanes(V v, int64_t n) {
   return index < static_cast<decltype(index[0] + 0)>(n) ? v : V{};
 }
 
+// kLanes<double> values of type A (float or double) as doubles, and back.
+template <class A>
+inline Vec<double> load_doubles(const A* p) {
+  typedef A Values __attribute__((vector_size(kLanes<double> * sizeof(A))));
+  Values v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+
+template <class A>
+inline void store_doubles(A* p, Vec<double> v) {
+  typedef A Values __attribute__((vector_size(kLanes<double> * sizeof(A))));
+  const Values values = __builtin_convertvector(v, Values);
+  std::memcpy(p, &values, sizeof values);
+}
+
 // Calls body(i, n) for the vectors of [begin, end): n elements from i on, the constant W but for a partial last one.
 template <class A, class Body>
 __attribute__((always_inline)) inline void for_vectors(int64_t begin, int64_t end, const Body& body) {

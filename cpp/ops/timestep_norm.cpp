@@ -14,9 +14,8 @@
 //           x. dweight, dbias: 256 steps are added in float, these sums in double; one partial sum per fixed part of
 //           the batch, added in order, so the result does not depend on the number of threads.
 // Limits    none; D = 0 gives NaN statistics. Group sizes that are no power of two and no multiple of the vector length
-//           are slower, as every group ends in a partial vector; so are groups smaller than a vector in float64 or
-//           where their number is no multiple of the vector length: by up to an order of magnitude for groups of 1
-//           or 2.
+//           are slower, as every group ends in a partial vector; so are groups smaller than a vector in float64: by up
+//           to an order of magnitude for groups of 1 or 2.
 #include "ops/timestep_norm.h"
 
 #include <algorithm>
@@ -115,14 +114,17 @@ class ForwardTile {
     const double n = static_cast<double>(n_++);
     const double c1 = n / (n + 1.0);
     const double c2 = 1.0 / (n + 1.0);
-    for (int64_t g = 0; g < end; ++g) {
-      const double away = away_[g];
-      const double d = away + (mean_[g] - M_[g]);  // mu - M
-      const double s = square_[g] - away * away;
-      M_[g] += c2 * d;
-      V_[g] += c2 * ((s < 0 ? 0 : s) - V_[g] + c1 * (d * d));
-      mean_[g] = static_cast<A>(M_[g]);
-      rstd_[g] = static_cast<A>(V_[g] + args_.eps);
+    for (int64_t g = 0; g < end; g += kLanes<double>) {
+      const Vec<double> away = load_doubles(away_ + g);
+      const Vec<double> M = load(M_ + g), V = load(V_ + g);
+      const Vec<double> d = away + (load_doubles(mean_ + g) - M);  // mu - M
+      const Vec<double> s = load_doubles(square_ + g) - away * away;
+      const Vec<double> new_M = c2 * d + M;
+      const Vec<double> new_V = c2 * ((s < 0.0 ? 0.0 : s) - V + c1 * (d * d)) + V;
+      store(M_ + g, new_M);
+      store(V_ + g, new_V);
+      store_doubles(mean_ + g, new_M);
+      store_doubles(rstd_ + g, new_V + args_.eps);
     }
     for (int64_t g = 0; g < end; g += W) store(rstd_ + g, A(1) / sqrt(load(rstd_ + g)));
   }
@@ -265,20 +267,14 @@ class BackwardTile {
       const double c1 = static_cast<double>(n_ - 1) / static_cast<double>(n_);
       const double to_channel = c2 * per_channel;
       const double to_mean = n_ == 1 ? 0.0 : 2.0 * to_channel;  // mu - M' is 0 at the first step, but for rounding
-      const A* __restrict rstd = rstd_[k];
-      const A* __restrict drift = drift_[k];
-      A* __restrict shift = shift_[k];
-      A* __restrict slope = slope_[k];
-      double* __restrict aM = aM_;
-      double* __restrict aV = aV_;
-      for (int64_t g = 0; g < end; ++g) {
-        const double r = rstd[g];
-        const double am = aM[g] - r * shift[g];
-        const double av = aV[g] - 0.5 * (r * r * r) * slope[g];
-        shift[g] = static_cast<A>(to_channel * am);
-        slope[g] = static_cast<A>(2.0 * to_channel * av);
-        aM[g] = c1 * am - to_mean * drift[g] * av;
-        aV[g] = c1 * av;
+      for (int64_t g = 0; g < end; g += kLanes<double>) {
+        const Vec<double> r = load_doubles(rstd_[k] + g);
+        const Vec<double> am = load(aM_ + g) - r * load_doubles(shift_[k] + g);
+        const Vec<double> av = load(aV_ + g) - 0.5 * (r * r * r) * load_doubles(slope_[k] + g);
+        store_doubles(shift_[k] + g, to_channel * am);
+        store_doubles(slope_[k] + g, 2.0 * to_channel * av);
+        store(aM_ + g, c1 * am - to_mean * load_doubles(drift_[k] + g) * av);
+        store(aV_ + g, c1 * av);
       }
     }
   }
@@ -367,14 +363,14 @@ void backward(const TimestepNormBackward& args) {
 void timestep_norm_forward(const TimestepNormForward& args) {
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    visit_group_size<stat_t<T>>(args.G, args.K(), [&](auto size) { forward<T, decltype(size)::value>(args); });
+    visit_group_size<stat_t<T>>(args.K(), [&](auto size) { forward<T, decltype(size)::value>(args); });
   });
 }
 
 void timestep_norm_backward(const TimestepNormBackward& args) {
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    visit_group_size<stat_t<T>>(args.G, args.K(), [&](auto size) { backward<T, decltype(size)::value>(args); });
+    visit_group_size<stat_t<T>>(args.K(), [&](auto size) { backward<T, decltype(size)::value>(args); });
   });
 }
 
