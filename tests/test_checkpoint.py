@@ -368,10 +368,15 @@ def test_other_refusals(tmp_path: Path) -> None:
             save_checkpoint(model, tmp_path / "x", num_shards=count)
     with pytest.raises(ValueError, match="num_shards: wanted an int >= 1; got 0"):
         save_checkpoint(model, tmp_path / "x", num_shards=0)
-    weights = model.state_dict() | {"embed.weight": torch.zeros(11, 16, dtype=torch.int32)}
-    torch.save(weights, tmp_path / "ints.pth")
-    with pytest.raises(ValueError, match=r"embed.weight: wanted a floating dtype; got torch.int32"):
-        load_checkpoint(tmp_path / "ints.pth", config=model.config)
+    with pytest.raises(TypeError, match="model: wanted a Megalodon; got str"):
+        save_checkpoint("model", tmp_path / "x")
+    with pytest.raises(TypeError, match="config: wanted a MegalodonConfig; got dict"):
+        load_checkpoint(tmp_path, config={})
+    for kind in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        weights = model.state_dict() | {"embed.weight": torch.zeros(11, 16).to(kind)}
+        torch.save(weights, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match=f"embed.weight: wanted float32, .*; got {kind}"):
+            load_checkpoint(tmp_path / "odd.pth", config=model.config)
     save_checkpoint(model, tmp_path / "both")
     save_checkpoint(model, tmp_path / "both", format="safetensors")
     with pytest.raises(ValueError, match=r"wanted one checkpoint; got checkpoint.safetensors and"):
