@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -462,6 +463,21 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 
 
 # The command
+
+
+def test_convert_says_that_transformers_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("typer")
+    from megalodon_ops import cli
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in [n for n in sys.modules if n.startswith("megalodon_ops.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    save_checkpoint(wide_model(), tmp_path / "a.safetensors")
+    paths = [str(tmp_path / name) for name in ("a.safetensors", "hf")]
+    assert cli.main(["convert", *paths, "--format", "hf"]) == 2
+    assert "pip install 'megalodon-ops[hf]'" in capfd.readouterr().err
 
 
 def test_convert(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
