@@ -11,9 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import assert_same_state
 from small_model import random_tokens, small_model
 
 from megalodon_ops import _files
+from megalodon_ops import sampling as sampling_module
+from megalodon_ops._prefill import prefill
 from megalodon_ops.beam import beam_search
 from megalodon_ops.generation import Generated, generate
 from megalodon_ops.model import Megalodon
@@ -69,6 +72,33 @@ def test_frequencies() -> None:
     drawn = torch.tensor(sample(rows, WARM, [generator] * 4000))
     counts = torch.bincount(drawn, minlength=4) / 4000
     torch.testing.assert_close(counts, logits.softmax(0), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.01}, {"min_p": 1e-9}, {"top_k": 40}, {},
+     {"top_k": 40, "top_p": 0.8}, {"top_p": 0.9, "min_p": 0.01}, {"top_p": 1e-9}],
+)  # fmt: skip
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_large_vocabulary_is_not_sorted(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ties: bool
+) -> None:
+    """And the draws are those from the sorted one, equal logits included."""
+    logits = 4 * torch.randn(3, 5000)
+    logits = logits.bfloat16().float() if ties else logits
+    logits[2] = logits[2] if options.get("min_p") else logits[2] / 100  # nothing stands out
+
+    def drawn() -> list[list[int]]:
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        return [sample(logits, Sampling(temperature=1.0, **options), generators) for _ in range(40)]
+
+    fast = drawn()
+    monkeypatch.setattr(sampling_module, "_SMALL", 5000)
+    if not options:  # drawn in the vocabulary's order
+        flat = torch.tensor(fast).T
+        assert all(len(row.unique()) > 5 for row in flat)
+    elif not (ties and options.get("top_k")):  # of equal ones either may be the k-th
+        assert fast == drawn()
 
 
 def test_rows_do_not_share_draws() -> None:
@@ -305,6 +335,24 @@ def test_prompts_of_any_kind() -> None:
     assert generate(model, [text], 0) == [Generated()]
 
 
+def test_long_prompts_are_read_in_pieces() -> None:
+    """No call of the model sees more than `piece` tokens, and no more logits than rows are made."""
+    model, calls, heads = small_model(), [], []
+    model.embed.register_forward_hook(lambda _, args, __: calls.append(args[0].numel()))
+    model.output.output.register_forward_hook(lambda _, __, y: heads.append(y.shape[:-1].numel()))
+
+    def pieces() -> Iterator[list[int]]:
+        for i in range(50):
+            yield prompt(37, seed=i)
+
+    logits, state = prefill(model, [pieces(), prompt(100), prompt(3)], piece=64)
+    assert max(calls) <= 64
+    assert max(heads) <= 3
+    assert state.position.tolist() == [1850, 100, 3]
+    whole = [token for i in range(50) for token in prompt(37, seed=i)]
+    torch.testing.assert_close(logits[0], next_logits(model, whole), rtol=1e-9, atol=1e-10)
+
+
 def test_bad_prompts() -> None:
     model = small_model()
     for prompts, kind, wanted in (
@@ -331,6 +379,33 @@ def test_bad_prompts() -> None:
             generate(model, [[1]], **{"max_new_tokens": 3, **options})
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
         generate(small_model(dropout=0.1).train(), [[1]], 3)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 31, 32, 33, 36, 37, 40, 41, 47, 60])
+def test_recent_norms_are_the_released_codes(length: int) -> None:
+    """Its schedule, written down: chunks two by two, the statistics of the last six from 8 on."""
+    model = small_model()
+    chunk, text = 4, random_tokens(1, length)
+    with torch.no_grad():
+        state, whole = model.init_state(1), (length - 1) // chunk
+        for first in range(0, whole, 2):
+            end = min(first + 2, whole) * chunk
+            state = model(text[:, first * chunk : end], state, return_state=True)[1]
+            if end >= 8 * chunk:
+                fresh = model(text[:, end - 6 * chunk : end], return_state=True)[1]
+                state = state.with_norms(fresh)
+        want, state = model(text[:, whole * chunk :], state, return_state=True)
+        got, after = prefill(model, [text[0], text[0, :3]], recent_norms=True)
+        torch.testing.assert_close(got[:1], want[:, -1], rtol=1e-9, atol=1e-10)
+        assert_same_state(after.select(0), state)
+        plain = prefill(model, [text[0]])[0]
+    assert torch.allclose(plain, got[:1], rtol=1e-6) == (length <= 32)
+    seen = length if length <= 32 else 6 * chunk + 1 + (length - 1) % chunk
+    assert after.layers[0].norm.count[0] == seen
+    expected = generate(model, [text[0]], 3, GREEDY, recent_norms=True)[0].tokens
+    assert expected[0] == int(want[0, -1].argmax())
+    with pytest.raises(ValueError, match="recent_norms: wanted state=None"):
+        prefill(model, [[1]], after.select(0), recent_norms=True)
 
 
 # Sessions

@@ -26,6 +26,7 @@ def prefill(
     *,
     piece: int = DEFAULT_PIECE,
     on_tokens: Callable[[int, Tensor], None] | None = None,
+    recent_norms: bool = False,
 ) -> tuple[Tensor, MegalodonState]:
     """Read one prompt per row, and leave each row's state as if it had been read alone.
 
@@ -39,13 +40,18 @@ def prefill(
         state: the rows' state before (unchanged); None starts sequences.
         piece: tokens in one call of the model.
         on_tokens: told (row, tokens) of what is read, in order.
+        recent_norms: read as the released code does: from the eighth chunk on, after every second
+            one, timestep norm's statistics and counts become those of a new run over the last six
+            chunks. Rows are read one by one, two chunks in a call (whatever `piece`), at four times
+            the cost. The plain recurrence, which training computes, is the default.
 
     Returns:
         the logits (B, V) after each row's last token, and the state.
 
     Raises:
         TypeError: a prompt is none of these.
-        ValueError: a prompt is empty; piece is below 1; the state has another number of rows.
+        ValueError: a prompt is empty; piece is below 1; the state has another number of rows;
+            recent_norms with a state, whose last chunks are not known.
         IndexError: a token is out of range.
     """
     if isinstance(piece, bool) or not isinstance(piece, int) or piece < 1:
@@ -56,6 +62,10 @@ def prefill(
     for row, reader in enumerate(readers):
         if not reader.more():
             raise ValueError(f"prompts: prompt {row} is empty: there is nothing to continue")
+    if recent_norms:
+        if state is not None:
+            raise ValueError("recent_norms: wanted state=None: its last six chunks are not known")
+        return _read_with_recent_norms(model, readers, on_tokens)
     current = model.init_state(len(readers)) if state is None else state.clone()
     return _read(model, readers, current, piece, on_tokens)
 
@@ -102,6 +112,46 @@ def _read(
         return logits, joined
     rows = torch.tensor(order, device=device).argsort()
     return logits.index_select(0, rows), joined.index_select(rows)
+
+
+def _read_with_recent_norms(
+    model: Megalodon,
+    readers: list[_Reader],
+    on_tokens: Callable[[int, Tensor], None] | None,
+) -> tuple[Tensor, MegalodonState]:
+    """Two chunks at a time, the last 1 to C tokens alone, as the released code's `generate`."""
+    chunk, device = model.config.chunk_size, model.embed.weight.device
+    results, states = [torch.zeros(0, model.config.num_outputs, device=device)], []
+    for row, reader in enumerate(readers):
+        state, recent = model.init_state(1), torch.empty(0, dtype=torch.int64)
+        length = 0
+        while True:
+            part = reader.take(2 * chunk)
+            if on_tokens is not None:
+                on_tokens(row, part)
+            at_end = not reader.more()
+            whole = (len(part) - 1) // chunk * chunk if at_end else 2 * chunk
+            if whole:
+                _step(model, part[:whole], state)
+                length += whole
+                recent = torch.cat([recent, part[:whole]])[-6 * chunk :]
+                if length >= 8 * chunk:
+                    fresh = model.init_state(1)
+                    for some in recent.split(2 * chunk):
+                        _step(model, some, fresh)
+                    state = state.with_norms(fresh)
+            if at_end:
+                results.append(_step(model, part[whole:], state))
+                states.append(state)
+                break
+    return torch.cat(results), MegalodonState.cat([model.init_state(0), *states])
+
+
+def _step(model: Megalodon, tokens: Tensor, state: MegalodonState) -> Tensor:
+    """Read tokens (1-D) of one row, in place; the logits (1, V) after the last."""
+    row = tokens.unsqueeze(0).to(state.device)
+    logits: Tensor = model(row, state, inplace_state=True, outputs="last")
+    return logits
 
 
 class _Reader:

@@ -33,6 +33,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
     piece: int = DEFAULT_PIECE,
+    recent_norms: bool = False,
     on_event: Callable[[Event], None] | None = None,
 ) -> list[Generated]:
     """Continue prompts of any lengths.
@@ -42,7 +43,7 @@ def generate(
         prompts: one per row, as for `prefill`.
         max_new_tokens: the most tokens for each, 0 or more.
         sampling: `Sampling(temperature=0)` is greedy; None is `Sampling()`.
-        stop, token_bytes, piece: as for `Session`.
+        stop, token_bytes, piece, recent_norms: as for `Session`.
         seed: of row i: seed + i, or the i-th of a sequence. A row's text depends on its prompt and
             its seed, not on the rows beside it.
         batch_size: rows decoded at a time, the next one joining when one is done; None: all.
@@ -60,7 +61,14 @@ def generate(
         raise ValueError(f"max_new_tokens: wanted 0 or more; got {max_new_tokens}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: wanted None or 1 or more; got {batch_size}")
-    session = Session(model, sampling, stop=stop, token_bytes=token_bytes, piece=piece)
+    session = Session(
+        model,
+        sampling,
+        stop=stop,
+        token_bytes=token_bytes,
+        piece=piece,
+        recent_norms=recent_norms,
+    )
     seeds = seeds_of(seed, len(prompts))
     results = [Generated() for _ in prompts]
     if max_new_tokens == 0:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+_SMALL = 4096  # tokens that are simply sorted
+_HEAD = 1024  # of more tokens, the likeliest that are tried first
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -112,28 +115,57 @@ def sample(
         return best
     # Subtracting the maximum first keeps a tiny temperature from making inf - inf.
     scores = (scores - highest).div_(sampling.temperature)
-    probabilities, tokens = torch.softmax(scores, -1).sort(descending=True, stable=True)
+    probabilities, tokens = _in_order(torch.softmax(scores, -1), sampling)
     if sampling.top_k:
-        probabilities = probabilities[:, : sampling.top_k]
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    total = probabilities.cumsum(-1)
+    total, last = _cut(probabilities, sampling)
     # The inverse of the cumulative distribution: one uniform draw a token, whatever the options.
     draws = [torch.rand((1, 1), dtype=torch.float64, generator=g) for g in generators]
     draw = (draws[0] if len(draws) == 1 else torch.cat(draws)).to(total.device)
-    # Sorted, so that either filter keeps the first ones: only their number has to be known.
-    kept = []
+    if last is None:
+        index = torch.searchsorted(total, draw.mul_(total[:, -1:]), right=True)
+        index.clamp_(max=total.shape[-1] - 1)
+    else:
+        index = torch.searchsorted(total, draw.mul_(total.gather(-1, last)), right=True)
+        index = torch.minimum(index, last)
+    drawn: list[int] = (index if tokens is None else tokens.gather(-1, index)).view(-1).tolist()
+    return drawn
+
+
+def _in_order(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """The probabilities in an order from which to draw, and their tokens (None: as they are).
+
+    The likeliest first where a filter needs it, equal ones by their number; and all that a filter
+    may keep, but not necessarily more: sorting a large vocabulary costs milliseconds.
+    """
+    width, top_k = probabilities.shape[-1], sampling.top_k
+    if width > _SMALL:
+        if top_k:
+            return probabilities.topk(min(top_k, width))
+        if sampling.top_p == 1 and sampling.min_p == 0:
+            return probabilities, None
+        head, tokens = probabilities.topk(_HEAD)
+        tokens, by_number = tokens.sort(-1)
+        head, order = head.gather(-1, by_number).sort(descending=True, stable=True)
+        _, last = _cut(head, sampling)
+        assert last is not None
+        # Of those as likely as the head's last one some may be missing.
+        if bool((head.gather(-1, last) > head[:, -1:]).all()):
+            return head, tokens.gather(-1, order)
+    ordered, tokens = probabilities.sort(descending=True, stable=True)
+    return (ordered[:, :top_k], tokens) if top_k else (ordered, tokens)
+
+
+def _cut(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Cumulative sums (B, n) of sorted probabilities, and the index (B, 1) of the last that top_p
+    and min_p keep (None: all). Each of them keeps the first ones: their number has to be known."""
+    total, kept = probabilities.cumsum(-1), []
     if sampling.top_p < 1:
         # A token stays when those before it do not reach p; the first always stays.
         kept.append((total - probabilities < sampling.top_p).sum(-1, keepdim=True))
     if sampling.min_p > 0:
         likely = probabilities >= sampling.min_p * probabilities[:, :1]
         kept.append(likely.sum(-1, keepdim=True))
-    if kept:
-        last = (kept[0] if len(kept) == 1 else torch.minimum(*kept)) - 1
-        index = torch.searchsorted(total, draw.mul_(total.gather(-1, last)), right=True)
-        index = torch.minimum(index, last)
-    else:
-        index = torch.searchsorted(total, draw.mul_(total[:, -1:]), right=True)
-        index.clamp_(max=total.shape[-1] - 1)
-    drawn: list[int] = tokens.gather(-1, index).view(-1).tolist()
-    return drawn
+    if not kept:
+        return total, None
+    return total, (kept[0] if len(kept) == 1 else torch.minimum(*kept)) - 1

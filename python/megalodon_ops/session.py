@@ -87,6 +87,7 @@ class Session:
             bytes, which are found across the boundaries of tokens.
         token_bytes: the bytes of a token id, for stop sequences of bytes; None: token i is byte i.
         piece: tokens of prompts that are read in one call.
+        recent_norms: as for `prefill`, of the prompts that begin rows.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -100,13 +101,14 @@ class Session:
         stop: Sequence[Stop] = (),
         token_bytes: TokenBytes | None = None,
         piece: int = DEFAULT_PIECE,
+        recent_norms: bool = False,
     ) -> None:
         if model.training and model.config.any_dropout:
             raise ValueError("the model is in training mode, with dropout: call model.eval()")
         self.model = model
         self.sampling = Sampling() if sampling is None else sampling
         self._stops = Stops(stop, token_bytes, model.config.vocab_size)
-        self._piece = piece
+        self._piece, self._recent_norms = piece, recent_norms
         self._rows: list[_Row] = []
         self._next_number = 0
         self._state: MegalodonState | None = None
@@ -231,7 +233,10 @@ class Session:
             if history is not None:
                 history.read(tokens)
 
-        return prefill(self.model, prompts, state, piece=self._piece, on_tokens=note)
+        recent = self._recent_norms and state is None
+        return prefill(
+            self.model, prompts, state, piece=self._piece, on_tokens=note, recent_norms=recent
+        )
 
     def _index(self, row: int) -> int:
         if row not in self.rows:

@@ -168,6 +168,14 @@ class MegalodonState:
         joined = {n: torch.cat(c) for n, c in zip(first.tensors(), columns, strict=True)}
         return _from_tensors(joined, len(first.layers), first.fingerprint)
 
+    def with_norms(self, other: MegalodonState) -> MegalodonState:
+        """This state with the other's timestep-norm statistics and counts, its tensors shared."""
+        layers = tuple(
+            mine._replace(norm=theirs.norm)
+            for mine, theirs in zip(self.layers, other.layers, strict=True)
+        )
+        return MegalodonState(layers, other.final_norm, self.position, self.fingerprint)
+
     def check(
         self, config: MegalodonConfig, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
