@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import pytest
 import torch
 from golden import Case
 from small_model import random_tokens, small_config, small_model
+from torch import Tensor, nn
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from megalodon_ops import Megalodon, load_checkpoint, save_checkpoint  # noqa: E402
-from megalodon_ops.official import shard_axis  # noqa: E402
+from megalodon_ops import Megalodon, MegalodonConfig, load_checkpoint, save_checkpoint  # noqa: E402
+from megalodon_ops import functional as F  # noqa: E402
+from megalodon_ops.official import shard_axis, shard_files  # noqa: E402
 
 # Divisible by two and by four: heads, channels, groups and hidden units.
 WIDE = {
@@ -109,18 +112,61 @@ def test_how_each_parameter_is_divided() -> None:
         assert shard_axis(name) == want, name
 
 
-def test_a_shard_is_a_ranks_own_computation() -> None:
-    """Two ranks' column- and row-parallel products add up to the whole feed-forward network."""
-    model = wide_model(torch.float64)
-    weights = model.state_dict()
-    x = torch.randn(3, 16, dtype=torch.float64)
-    first, second = (weights[f"layers.0.nffn.{name}.weight"] for name in ("fc1", "fc2"))
-    total = torch.zeros(3, 16, dtype=torch.float64)
-    for rank in range(2):
-        a, b = first.chunk(2, shard_axis("layers.0.nffn.fc1.weight"))[rank], None
-        b = second.chunk(2, shard_axis("layers.0.nffn.fc2.weight"))[rank]
-        total += torch.relu(x @ a.T) @ b.T
-    torch.testing.assert_close(total, torch.relu(x @ first.T) @ second.T)
+def ranks_block(shards: list[dict[str, Tensor]], config: MegalodonConfig, x: Tensor) -> Tensor:
+    """A block as the released code's model-parallel ranks compute it, each on its own shard.
+
+    The residual stream is divided by channels; gathered are CEMA's outputs, what timestep norm
+    gives to the values, and the feed-forward's input; `wh2` and `fc2` are sums over the ranks.
+    """
+    count = len(shards)
+    heads, groups = config.num_heads // count, config.norm_num_groups // count
+    xs = x.chunk(count, -1)
+
+    def product(rank: int, name: str, value: Tensor) -> Tensor:
+        weights = shards[rank]
+        return nn.functional.linear(
+            value, weights[f"layers.0.{name}.weight"], weights.get(f"layers.0.{name}.bias")
+        )
+
+    normed, averaged = [], []
+    for rank, weights in enumerate(shards):
+        own = {k.removeprefix("layers.0.mega."): v for k, v in weights.items()}
+        t, _ = F.timestep_norm(xs[rank], own["timenorm.weight"], own["timenorm.bias"], groups)
+        normed.append(t)
+        names = ("alpha", "delta", "theta", "gamma", "omega")
+        averaged.append(F.cema(t, *(own[f"cema.{name}"] for name in names))[0])
+    t = torch.cat(normed, -1)
+    mx = F.rms_norm(torch.cat(averaged, -1), shards[0]["layers.0.mega.rmsnorm.weight"])
+    gated = []
+    for rank, weights in enumerate(shards):
+        gamma, beta = (weights[f"layers.0.mega.{name}"] for name in ("gamma", "beta"))
+        z = product(rank, "mega.wz", mx)
+        q, k = F.qk_norm_rope(z, gamma, beta, heads, config.chunk_size)
+        v = F.silu_mul(product(rank, "mega.wv", t)).unflatten(-1, (heads, -1))
+        o = F.chunk_attention(q, k, v, config.chunk_size).flatten(-2)
+        gated.append(o * F.silu_mul(product(rank, "mega.wr", mx)))
+    total = sum(product(rank, "mega.wh2", gated[rank]) for rank in range(count))
+    y = torch.cat([product(rank, "mega.wh1", mx) for rank in range(count)], -1) + total + x
+    norm = (shards[0][f"layers.0.nffn.norm.{name}"] for name in ("weight", "bias"))
+    u = F.layer_norm(y, *norm)
+    hidden = [
+        F.silu_mul(product(rank, "nffn.fc1", u), product(rank, "nffn.fc3", u))
+        for rank in range(count)
+    ]
+    out = sum(product(rank, "nffn.fc2", hidden[rank]) for rank in range(count))
+    return shards[0]["layers.0.nffn.alpha"] * out + x
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_a_shard_is_what_its_rank_computes_with(tmp_path: Path, num_shards: int) -> None:
+    model = wide_model(torch.float64, swiglu=True, rescale_nffn=True)
+    save_checkpoint(model, tmp_path / "ranks", num_shards=num_shards)
+    shards = [torch.load(file, weights_only=True) for file in shard_files(tmp_path / "ranks")]
+    assert len(shards) == num_shards
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    with torch.no_grad():
+        want, _ = model.layers[0](x)
+        torch.testing.assert_close(ranks_block(shards, model.config, x), want)
 
 
 @golden.each("mega_model", torch.float32)
@@ -368,10 +414,15 @@ def test_other_refusals(tmp_path: Path) -> None:
             save_checkpoint(model, tmp_path / "x", num_shards=count)
     with pytest.raises(ValueError, match="num_shards: wanted an int >= 1; got 0"):
         save_checkpoint(model, tmp_path / "x", num_shards=0)
-    weights = model.state_dict() | {"embed.weight": torch.zeros(11, 16, dtype=torch.int32)}
-    torch.save(weights, tmp_path / "ints.pth")
-    with pytest.raises(ValueError, match=r"embed.weight: wanted a floating dtype; got torch.int32"):
-        load_checkpoint(tmp_path / "ints.pth", config=model.config)
+    with pytest.raises(TypeError, match="model: wanted a Megalodon; got str"):
+        save_checkpoint("model", tmp_path / "x")
+    with pytest.raises(TypeError, match="config: wanted a MegalodonConfig; got dict"):
+        load_checkpoint(tmp_path, config={})
+    for kind in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        weights = model.state_dict() | {"embed.weight": torch.zeros(11, 16).to(kind)}
+        torch.save(weights, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match=f"embed.weight: wanted float32, .*; got {kind}"):
+            load_checkpoint(tmp_path / "odd.pth", config=model.config)
     save_checkpoint(model, tmp_path / "both")
     save_checkpoint(model, tmp_path / "both", format="safetensors")
     with pytest.raises(ValueError, match=r"wanted one checkpoint; got checkpoint.safetensors and"):
@@ -412,6 +463,21 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 
 
 # The command
+
+
+def test_convert_says_that_transformers_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("typer")
+    from megalodon_ops import cli
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in [n for n in sys.modules if n.startswith("megalodon_ops.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    save_checkpoint(wide_model(), tmp_path / "a.safetensors")
+    paths = [str(tmp_path / name) for name in ("a.safetensors", "hf")]
+    assert cli.main(["convert", *paths, "--format", "hf"]) == 2
+    assert "pip install 'megalodon-ops[hf]'" in capfd.readouterr().err
 
 
 def test_convert(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,16 @@ def test_tokenizers_whose_tokens_are_no_certain_bytes(tmp_path: Path) -> None:
         (tmp_path / "t.json").write_text(json.dumps(fields))
         with pytest.raises(ValueError, match=f"decoder: wanted one whose tokens .*; {wanted}"):
             load_tokenizer(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(("package", "data"), [("tokenizers", "{}"), ("sentencepiece", "x")])
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, data: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "t").write_text(data)
+    with pytest.raises(ImportError, match=f"needs {package}; pip install 'megalodon-ops"):
+        load_tokenizer(tmp_path / "t")
 
 
 def test_bytes_without_a_token(tmp_path: Path) -> None:

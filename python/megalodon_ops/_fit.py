@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .config import NOT_IN_FINGERPRINT, MegalodonConfig
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 # Where a field of the configuration shows in the weights: parameter, axis, factor.
 _SEEN_IN: dict[str, tuple[str, int, int]] = {
     "vocab_size": ("embed.weight", 0, 1),
@@ -66,9 +68,11 @@ def differences(
             continue
         if tensor.shape != shapes[key]:
             problems.append(f"{key}: wanted {list(shapes[key])}; got {list(tensor.shape)}")
-        whole = key.endswith(".prior_count")
-        if whole != (not tensor.dtype.is_floating_point) or tensor.dtype.is_complex:
-            kind = "an integer" if whole else "a floating dtype"
+        if key.endswith(".prior_count"):
+            fits, kind = not (tensor.is_floating_point() or tensor.is_complex()), "an integer"
+        else:
+            fits, kind = tensor.dtype in FLOATS, "float32, float64, bfloat16 or float16"
+        if not fits:
             problems.append(f"{key}: wanted {kind}; got {tensor.dtype}")
     return problems
 

@@ -23,7 +23,6 @@ FORMAT = "megalodon_ops.checkpoint"
 VERSION = 1
 TRAINING = "training."  # prefix of tensors that only a resumed run needs
 FORMATS = ("safetensors", "official")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SHOWN = 6  # of a long list of problems
 
 
@@ -50,6 +49,7 @@ def load_checkpoint(
         The model, in eval mode. Its memory is the model's own; no file stays open.
 
     Raises:
+        TypeError: config is not a `MegalodonConfig`.
         FileNotFoundError: there is no checkpoint.
         ValueError: a file is truncated or holds other objects than tensors; a parameter is
             missing, unexpected, or of another shape; shards do not fit together; the configuration
@@ -58,8 +58,10 @@ def load_checkpoint(
     """
     place = Path(path)
     kind = _kind(place)
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and dtype not in _fit.FLOATS:
         raise ValueError(f"load_checkpoint: dtype: wanted a floating dtype; got {dtype}")
+    if config is not None and not isinstance(config, MegalodonConfig):
+        raise TypeError(f"config: wanted a MegalodonConfig; got {type(config).__name__}")
     if kind == "hf":
         from .hf import MegalodonForCausalLM
 
@@ -107,11 +109,14 @@ def save_checkpoint(
         The file or folder.
 
     Raises:
+        TypeError: model is not a `Megalodon`.
         ValueError: the format is unknown, or the model cannot be divided by num_shards.
         OSError: it cannot be written; what was there before is unharmed. FileExistsError: the
             folder of an official checkpoint is not empty.
         ImportError: safetensors is not installed (for its format).
     """
+    if not isinstance(model, Megalodon):
+        raise TypeError(f"model: wanted a Megalodon; got {type(model).__name__}")
     place = Path(path)
     if format is None:
         ours = place.suffix == ".safetensors" or (place / FILE_NAME).exists()
