@@ -35,7 +35,7 @@ void forward(const ChunkAttentionForward& args) {
         if (item >= args.deal.items) continue;
         const int64_t tile = item % args.tiles, c = item / args.tiles % args.chunks;
         const Chunk chunk = chunk_of(args, item / args.tiles / args.chunks, c);
-        if (tile * args.kQueries < chunk.queries()) ForwardTile<T>(args, chunk, tile, scratch).run();
+        if (tile * args.queries < chunk.queries()) ForwardTile<T>(args, chunk, tile, scratch).run();
       }
     }
   });
@@ -73,9 +73,9 @@ void add_groups(const ChunkAttentionBackward& args) {
       const int64_t b = bt / args.L, t = bt % args.L;
       const int64_t m = args.position == nullptr ? 0 : args.position[b] % args.C;
       const Chunk chunk = chunk_of(args, b * args.H, (m + t) / args.C);
-      const int64_t tile = (t - chunk.token - chunk.first) / args.kQueries;
-      const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.kQueries) - 1;
-      const int64_t groups = std::min(args.groups, last / args.kKeys + 1);
+      const int64_t tile = (t - chunk.token - chunk.first) / args.queries;
+      const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.queries) - 1;
+      const int64_t groups = std::min(args.groups, last / args.keys + 1);
       for (int64_t i = 0; i < n; i += kLanes<A>) {
         Vec<A> sum = load(partial + bt * n + i, n - i);
         for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + bt * n + i, n - i);
@@ -111,13 +111,24 @@ void backward(const ChunkAttentionBackward& args) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)  // compiled once more for these CPUs, for bf16 alone
+void chunk_attention_forward(const ChunkAttentionForward& args) { forward<bf16>(args); }
+void chunk_attention_backward(const ChunkAttentionBackward& args) { backward<bf16>(args); }
+#else
 void chunk_attention_forward(const ChunkAttentionForward& args) {
+#if defined(__AVX512F__)
+  if (multiplies_bf16_pairs(args.dtype)) return avx512_bf16::chunk_attention_forward(args);
+#endif
   visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
 }
 
 void chunk_attention_backward(const ChunkAttentionBackward& args) {
+#if defined(__AVX512F__)
+  if (multiplies_bf16_pairs(args.dtype)) return avx512_bf16::chunk_attention_backward(args);
+#endif
   visit_activation(args.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
 }
+#endif
 
 }  // namespace megalodon::cpu::MEGALODON_ISA
 
