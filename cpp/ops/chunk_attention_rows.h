@@ -72,7 +72,7 @@ class Packer {
     const int64_t last = std::min(end_, begin_ + (stop + per_turn_) * D);
     for (int64_t place = begin_ + stop * D; place < last; ++place) {
       const auto* bytes = reinterpret_cast<const char*>(row(place));
-      for (int64_t i = 0; i < n_ * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i);
+      for (int64_t i = 0; i < n_ * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i,0,2);
     }
     const int64_t rows = end_ - begin_;
     for (; next_ < stop; ++next_) {
@@ -96,7 +96,7 @@ class Packer {
 
 // e^v for what is at most a little above 0. Below the smallest normal number it is 0; NaN stays NaN. Error: 1.1 units
 // in the last place above -20, 2.5 for the smallest.
-inline Vec<float> weight_of(Vec<float> v) {
+__attribute__((always_inline)) inline Vec<float> weight_of(Vec<float> v) {
   constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> low = splat(-87.33654f);
