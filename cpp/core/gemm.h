@@ -133,7 +133,7 @@ inline void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<Index, lane...>
 }
 
 template <class A, int kStep = 1>
-inline void transpose(Vec<A> (&v)[kLanes<A>]) {
+__attribute__((always_inline)) inline void transpose(Vec<A> (&v)[kLanes<A>]) {
   constexpr int W = kLanes<A>;
   if constexpr (kStep < W) {
 #pragma GCC unroll 16
@@ -153,12 +153,16 @@ void pack_transposed(const Row& row, int64_t R, int64_t N, A* panels) {
   for (int64_t r = 0; r < panels_of<A>(R) * P; r += W) {
     A* out = panels + r / P * P * words + r % P;
     for (int64_t c = 0; c < words; c += W) {
+      const int64_t n = words - c < W ? words - c : W;
+      if (r >= R) {
+        for (int64_t i = 0; i < n; ++i) store(out + (c + i) * P, Vec<A>{});
+        continue;
+      }
       Vec<A> block[W];
       for (int64_t i = 0; i < W; ++i) {
         block[i] = r + i < R ? load_words<F>(row(r + i) + c * D, N - c * D) : Vec<A>{};
       }
       transpose<A>(block);
-      const int64_t n = words - c < W ? words - c : W;
       for (int64_t i = 0; i < n; ++i) store(out + (c + i) * P, block[i]);
     }
   }

@@ -195,8 +195,8 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
   args.tiles = ceil_div(queries, std::max<int64_t>(args.queries, 1));
   args.key_rows = keys < args.kKeys ? keys : args.kKeys;
   args.deal = Deal::of(heads * args.tiles);
-  // Transposed queries; a block of keys, its scores, its values' columns twice; the output.
-  args.scratch = args.queries * (Sp + Ep) + args.key_rows * (Sp + args.queries + 2 * args.kColumns);
+  // Transposed queries; a block of keys, its scores, twice some columns of its values; the output.
+  args.scratch = args.queries * (Sp + Ep) + args.key_rows * (Sp + args.queries + std::min(2 * args.kColumns, Ep));
   if (c.on_cuda()) {
     const int64_t tile = gpu_tile(args.dtype, queries_of_chunk(args.L, args.C));
     const int64_t strips = args.B * args.H * args.chunks * ceil_div(queries_of_chunk(args.L, args.C), tile);
@@ -231,14 +231,17 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   const int64_t queries = queries_of_chunk(args.L, args.C);
   const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32);
   const int64_t heads = args.B * args.H * args.chunks;
-  args.keys = heads * ceil_div(keys, args.kMostKeys) >= 16 ? args.kMostKeys : args.kMostKeys / 2;
+  args.keys = heads * ceil_div(keys, args.kMostKeys) >= 8 ? args.kMostKeys : args.kMostKeys / 2;
   args.keys = std::min(args.keys, round_up(keys, 32));
-  args.queries = std::min(int64_t{256}, round_up(queries, 32));
+  args.queries = std::min(int64_t{128}, round_up(queries, 32));
   args.groups = heads == 0 ? 0 : std::min({32 / heads + 1, ceil_div(keys, args.keys), int64_t{8}});
   args.deal = Deal::of(heads * args.groups);
-  // Keys in panels and transposed, dk; values transposed, dv; queries as two factors, dq; the weights and their
-  // gradients, each as numbers and as factors; columns of do as two factors, twice.
-  args.scratch = args.keys * (3 * Sp + 2 * Ep) + args.queries * (3 * Sp + 5 * args.keys + 4 * args.kColumns);
+  // Keys in panels and transposed, dk; values transposed, dv; queries, dq; the weights and their gradients; two times
+  // columns of do. Of bf16, which may be multiplied in pairs, queries and do are two factors each; the weights become
+  // one and their gradients two.
+  const int64_t more = args.dtype == DType::kBfloat16;
+  args.scratch = args.keys * (3 * Sp + 2 * Ep) +
+                 args.queries * ((2 + more) * Sp + (2 + 3 * more) * args.keys + (2 + 2 * more) * args.kColumns);
   const int64_t rows = args.B * args.L * args.H;
   if (c.on_cuda()) {
     const int64_t tile = gpu_tile(args.dtype, queries);

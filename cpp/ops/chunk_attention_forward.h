@@ -100,17 +100,18 @@ class ForwardTile {
     keys_packed_ = queries_packed_ + args.queries * round_up(args.S, P);
     scores_ = keys_packed_ + args.key_rows * round_up(args.S, P);
     values_packed_[0] = scores_ + args.key_rows * args.queries;
-    values_packed_[1] = values_packed_[0] + args.key_rows * kColumns;
-    output_ = values_packed_[1] + args.key_rows * kColumns;
+    const int64_t Ep = round_up(args.E, P);
+    values_packed_[1] = values_packed_[0] + args.key_rows * std::min(kColumns, Ep);
+    output_ = values_packed_[0] + args.key_rows * std::min(2 * kColumns, Ep);
   }
 
   void run() {
     const auto queries = rows_of<const T>(args_, chunk_, args_.q, nullptr, args_.S);
     const auto query = [&](int64_t i) { return queries.row(place_ + i); };
     pack_transposed<F>(query, queries_, args_.S, queries_packed_);
-    for (Softmax<A>& state : softmax_) {
-      state.shift[0] = state.shift[1] = splat(-std::numeric_limits<A>::infinity());
-      state.sum[0] = state.sum[1] = Vec<A>{};
+    for (int64_t p = 0; p * P < queries_; ++p) {
+      softmax_[p].shift[0] = softmax_[p].shift[1] = splat(-std::numeric_limits<A>::infinity());
+      softmax_[p].sum[0] = softmax_[p].sum[1] = Vec<A>{};
     }
     next_keys_ = packer_of_keys(0);
     for (int64_t j = 0; j < end_; j += kKeys) {

@@ -72,7 +72,7 @@ class Packer {
     const int64_t last = std::min(end_, begin_ + (stop + per_turn_) * D);
     for (int64_t place = begin_ + stop * D; place < last; ++place) {
       const auto* bytes = reinterpret_cast<const char*>(row(place));
-      for (int64_t i = 0; i < n_ * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i,0,2);
+      for (int64_t i = 0; i < n_ * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i, 0, 2);
     }
     const int64_t rows = end_ - begin_;
     for (; next_ < stop; ++next_) {
