@@ -2,16 +2,18 @@
 //
 // Computes  softmax attention inside chunks and its gradients (ops/chunk_attention.h); arXiv 2404.08801.
 // Layout    q, k, v, o (B, L, H, S or E): the rows of a head are H S (H E) apart; caches (B, C, H, S or E) likewise;
-//           lse, D (B, H, L). Tiles are copied into panels of the accumulator type (core/gemm.h) in the slot's scratch.
-// Mapping   forward: an item is a tile of kQueries queries of one chunk and head. It walks the keys before it in blocks
-//           with a running maximum and sum; queries lie across lanes, so the softmax needs no reduction over lanes.
-//           Backward: an item is a group of key tiles of one chunk and head. A key tile stays while the tiles of
+//           lse, D (B, H, L). Tiles are copied into panels (core/gemm.h) in the slot's scratch, the next ones between
+//           the products of those that are there: of the accumulator type or, on CPUs that multiply them, pairs of bf16.
+// Mapping   forward: an item is a tile of queries of one chunk and head. It walks the keys before it in blocks with a
+//           shift near the running maximum and a sum; queries lie across lanes, so the softmax needs no reduction over
+//           lanes. Backward: an item is a group of key tiles of one chunk and head. A key tile stays while the tiles of
 //           queries after it pass by; keys lie across lanes. dk and dv belong to one item; dq is summed over groups.
 // Traffic   2 (S + E) FLOPs per query and key forward, 2 (3 S + 2 E) backward, the non-causal half skipped but for
 //           part of a tile on the diagonal: compute-bound. A query tile reads every key and value before it once.
 // Numerics  scores, weights and sums in stat; sums in the order of the keys (forward), the queries (dk, dv), the key
 //           tiles of a group and then the groups (dq), whatever the number of threads. Masked and dropped weights are
-//           exactly 0 and so are the outputs and gradients of a query without keys.
+//           exactly 0 and so are the outputs and gradients of a query without keys. Where bf16 is multiplied in pairs
+//           weights and the scores' gradients are rounded to it once, for the products they enter.
 // Limits    any B, L, H, S, E, C and position. Scratch grows with S and E, not with L or C.
 #include "ops/chunk_attention.h"
 
