@@ -3,7 +3,7 @@
 // Computes  softmax attention inside chunks and its gradients (ops/chunk_attention.h); arXiv 2404.08801.
 // Layout    q, k, v, o (B, L, H, S or E): the rows of a head are H S (H E) apart; caches (B, C, H, S or E) likewise;
 //           lse, D (B, H, L). Tiles are copied into panels (core/gemm.h) in the slot's scratch, the next ones between
-//           the products of those that are there: of the accumulator type or, on CPUs that multiply them, pairs of bf16.
+//           the products of those that are there: of the accumulator type or, where the CPU has it, pairs of bf16.
 // Mapping   forward: an item is a tile of queries of one chunk and head. It walks the keys before it in blocks with a
 //           shift near the running maximum and a sum; queries lie across lanes, so the softmax needs no reduction over
 //           lanes. Backward: an item is a group of key tiles of one chunk and head. A key tile stays while the tiles of
