@@ -78,7 +78,8 @@ MEGALODON_API const char* megalodon_version(void);
 /* The CUDA version the GPU kernels were built with, or "" in a build without them. Touches no driver. */
 MEGALODON_API const char* megalodon_cuda_version(void);
 
-/* The instruction set the CPU kernels run: "portable", "avx2" or "avx512". Starts as the best the CPU has.
+/* The instruction set the CPU kernels run: "portable", "avx2", "avx512" or "avx512_bf16" (avx512 but for
+ * the kernels that multiply bf16 in pairs). Starts as the best the CPU has.
  * set_isa takes one of them or "auto"; not thread-safe against running kernels. */
 MEGALODON_API const char* megalodon_isa(void);
 MEGALODON_API int megalodon_set_isa(const char* name);

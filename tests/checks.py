@@ -14,7 +14,7 @@ from torch import Tensor
 from megalodon_ops import _C
 from megalodon_ops._library import Op
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT64_BOUND = 1e-11
 

@@ -18,7 +18,7 @@ OPS = OPS_LIST.group(1).split()
 
 
 CODE = "TtW"  # the types of symbols that are functions: global, local, weak
-WIDE = ("avx2", "avx512")
+WIDE = ("avx2", "avx512", "avx512_bf16")
 
 
 def tool(name: str, *arguments: str | Path) -> list[str]:

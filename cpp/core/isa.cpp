@@ -9,7 +9,7 @@
 namespace megalodon {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 Isa best_isa() {
 #if defined(MEGALODON_X86) && !defined(MEGALODON_SIMT)
@@ -17,6 +17,7 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Bf16;
   if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
@@ -42,7 +43,7 @@ extern "C" int megalodon_set_isa(const char* name) {
       current = best;
       return;
     }
-    for (int i = 0; i <= static_cast<int>(Isa::kAvx512); ++i) {
+    for (int i = 0; i <= static_cast<int>(Isa::kAvx512Bf16); ++i) {
       if (wanted != kNames[i]) continue;
       if (i > static_cast<int>(best)) {
         throw Error{MEGALODON_VALUE_ERROR, "set_isa: this CPU (or build) runs at most " +
@@ -51,6 +52,7 @@ extern "C" int megalodon_set_isa(const char* name) {
       current = static_cast<Isa>(i);
       return;
     }
-    throw Error{MEGALODON_VALUE_ERROR, "set_isa: name must be auto, portable, avx2 or avx512; got " + wanted};
+    throw Error{MEGALODON_VALUE_ERROR,
+                "set_isa: name must be auto, portable, avx2, avx512 or avx512_bf16; got " + wanted};
   });
 }

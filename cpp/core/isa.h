@@ -11,7 +11,9 @@
 
 namespace megalodon {
 
-enum class Isa : int32_t { kPortable, kAvx2, kAvx512 };
+// kAvx512Bf16: as kAvx512, but for the kernels of bf16 that are compiled once more, in namespace avx512_bf16, and that
+// those of avx512 hand over to.
+enum class Isa : int32_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 Isa active_isa() noexcept;
 
@@ -32,6 +34,7 @@ Isa active_isa() noexcept;
   }                                           \
   static inline void NAME(const ARGS& args) { \
     switch (active_isa()) {                   \
+      case Isa::kAvx512Bf16:                  \
       case Isa::kAvx512:                      \
         return avx512::NAME(args);            \
       case Isa::kAvx2:                        \

@@ -2,16 +2,18 @@
 //
 // Computes  softmax attention inside chunks and its gradients (ops/chunk_attention.h); arXiv 2404.08801.
 // Layout    q, k, v, o (B, L, H, S or E): the rows of a head are H S (H E) apart; caches (B, C, H, S or E) likewise;
-//           lse, D (B, H, L). Tiles are copied into panels of the accumulator type (core/gemm.h) in the slot's scratch.
-// Mapping   forward: an item is a tile of kQueries queries of one chunk and head. It walks the keys before it in blocks
-//           with a running maximum and sum; queries lie across lanes, so the softmax needs no reduction over lanes.
-//           Backward: an item is a group of key tiles of one chunk and head. A key tile stays while the tiles of
+//           lse, D (B, H, L). Tiles are copied into panels (core/gemm.h) in the slot's scratch, the next ones between
+//           the products of those that are there: of the accumulator type or, where the CPU has it, pairs of bf16.
+// Mapping   forward: an item is a tile of queries of one chunk and head. It walks the keys before it in blocks with a
+//           shift near the running maximum and a sum; queries lie across lanes, so the softmax needs no reduction over
+//           lanes. Backward: an item is a group of key tiles of one chunk and head. A key tile stays while the tiles of
 //           queries after it pass by; keys lie across lanes. dk and dv belong to one item; dq is summed over groups.
 // Traffic   2 (S + E) FLOPs per query and key forward, 2 (3 S + 2 E) backward, the non-causal half skipped but for
 //           part of a tile on the diagonal: compute-bound. A query tile reads every key and value before it once.
 // Numerics  scores, weights and sums in stat; sums in the order of the keys (forward), the queries (dk, dv), the key
 //           tiles of a group and then the groups (dq), whatever the number of threads. Masked and dropped weights are
-//           exactly 0 and so are the outputs and gradients of a query without keys.
+//           exactly 0 and so are the outputs and gradients of a query without keys. Where bf16 is multiplied in pairs
+//           weights and the scores' gradients are rounded to it once, for the products they enter.
 // Limits    any B, L, H, S, E, C and position. Scratch grows with S and E, not with L or C.
 #include "ops/chunk_attention.h"
 
@@ -35,7 +37,7 @@ void forward(const ChunkAttentionForward& args) {
         if (item >= args.deal.items) continue;
         const int64_t tile = item % args.tiles, c = item / args.tiles % args.chunks;
         const Chunk chunk = chunk_of(args, item / args.tiles / args.chunks, c);
-        if (tile * args.kQueries < chunk.queries()) ForwardTile<T>(args, chunk, tile, scratch).run();
+        if (tile * args.queries < chunk.queries()) ForwardTile<T>(args, chunk, tile, scratch).run();
       }
     }
   });
@@ -73,9 +75,9 @@ void add_groups(const ChunkAttentionBackward& args) {
       const int64_t b = bt / args.L, t = bt % args.L;
       const int64_t m = args.position == nullptr ? 0 : args.position[b] % args.C;
       const Chunk chunk = chunk_of(args, b * args.H, (m + t) / args.C);
-      const int64_t tile = (t - chunk.token - chunk.first) / args.kQueries;
-      const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.kQueries) - 1;
-      const int64_t groups = std::min(args.groups, last / args.kKeys + 1);
+      const int64_t tile = (t - chunk.token - chunk.first) / args.queries;
+      const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.queries) - 1;
+      const int64_t groups = std::min(args.groups, last / args.keys + 1);
       for (int64_t i = 0; i < n; i += kLanes<A>) {
         Vec<A> sum = load(partial + bt * n + i, n - i);
         for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + bt * n + i, n - i);
@@ -111,13 +113,24 @@ void backward(const ChunkAttentionBackward& args) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)  // compiled once more for these CPUs, for bf16 alone
+void chunk_attention_forward(const ChunkAttentionForward& args) { forward<bf16>(args); }
+void chunk_attention_backward(const ChunkAttentionBackward& args) { backward<bf16>(args); }
+#else
 void chunk_attention_forward(const ChunkAttentionForward& args) {
+#if defined(__AVX512F__)
+  if (multiplies_bf16_pairs(args.dtype)) return avx512_bf16::chunk_attention_forward(args);
+#endif
   visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
 }
 
 void chunk_attention_backward(const ChunkAttentionBackward& args) {
+#if defined(__AVX512F__)
+  if (multiplies_bf16_pairs(args.dtype)) return avx512_bf16::chunk_attention_backward(args);
+#endif
   visit_activation(args.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
 }
+#endif
 
 }  // namespace megalodon::cpu::MEGALODON_ISA
 

@@ -40,33 +40,35 @@ struct ChunkAttention {
 };
 
 struct ChunkAttentionForward : ChunkAttention {
-  static constexpr int64_t kQueries = 128;  // of a tile
   static constexpr int64_t kKeys = 256;     // of a block
-  void* o;                                  // [B, L, H, E]
-  void* lse;                                // [B, H, L] stat
-  void* workspace;                          // [deal.slots, scratch] stat; GPU: scratch
-  int64_t tiles;                            // of queries, in a chunk
-  int64_t key_rows;                         // of a block, kKeys or the chunk's fewer
-  Deal deal;                                // of the query tiles of all chunks and heads
+  static constexpr int64_t kColumns = 128;  // of the values, packed at a time
+  static constexpr int64_t kMostQueries = 256;
+  void* o;           // [B, L, H, E]
+  void* lse;         // [B, H, L] stat
+  void* workspace;   // [deal.slots, scratch] stat; GPU: scratch
+  int64_t queries;   // of a tile
+  int64_t tiles;     // of queries, in a chunk
+  int64_t key_rows;  // of a block, kKeys or the chunk's fewer
+  Deal deal;         // of the query tiles of all chunks and heads
 };
 
 struct ChunkAttentionBackward : ChunkAttention {
-  static constexpr int64_t kQueries = 128;    // of a tile
-  static constexpr int64_t kKeys = 64;        // of a tile
-  static constexpr int64_t kValuePanels = 2;  // of do, packed at a time
-  const void* dout;                           // [B, L, H, E]
-  const void* o;                              // [B, L, H, E]
-  const void* lse;                            // [B, H, L] stat
-  void* dq;                                   // [B, L, H, S]
-  void* dk;                                   // [B, L, H, S]
-  void* dv;                                   // [B, L, H, E]
-  void* dk_cache;                             // [B, C, H, S], or [0] when k_cache is absent
-  void* dv_cache;                             // [B, C, H, E], likewise
-  void* workspace;     // D [B, H, L], partial dq [groups, B, L, H, S], [deal.slots, scratch]; stat. GPU: scratch, D, dq
-  int64_t groups;      // that the key tiles of a chunk are dealt to, each with its own partial sum of dq; GPU: 1 if
-                       // a chunk's strips do not fit into the scratch together, or 0
-  int64_t query_rows;  // of a tile, kQueries or fewer
-  Deal deal;           // of the groups of all chunks and heads
+  static constexpr int64_t kColumns = 64;  // of do, packed at a time
+  static constexpr int64_t kMostKeys = 128;
+  const void* dout;  // [B, L, H, E]
+  const void* o;     // [B, L, H, E]
+  const void* lse;   // [B, H, L] stat
+  void* dq;          // [B, L, H, S]
+  void* dk;          // [B, L, H, S]
+  void* dv;          // [B, L, H, E]
+  void* dk_cache;    // [B, C, H, S], or [0] when k_cache is absent
+  void* dv_cache;    // [B, C, H, E], likewise
+  void* workspace;   // D [B, H, L], partial dq [groups, B, L, H, S], [deal.slots, scratch]; stat. GPU: scratch, D, dq
+  int64_t groups;    // that the key tiles of a chunk are dealt to, each with its own partial sum of dq; GPU: 1 if
+                     // a chunk's strips do not fit into the scratch together, or 0
+  int64_t keys;      // of a tile
+  int64_t queries;   // of a tile
+  Deal deal;         // of the groups of all chunks and heads
 };
 
 // Chunks that the tokens of a row may lie in, keys and queries that a chunk may have.
@@ -185,12 +187,16 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
   args.o = out.like(c, "o", t.v);
   args.lse = out.next(c, "lse", stat, {args.B, args.H, args.L});
   const int64_t keys = keys_of_chunk(args.L, args.C, args.cached);
-  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32), Q = args.kQueries;
-  args.tiles = ceil_div(queries_of_chunk(args.L, args.C), Q);
+  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32), queries = queries_of_chunk(args.L, args.C);
+  // Large tiles read keys and values less often; small ones are enough for more threads.
+  const int64_t heads = args.B * args.H * args.chunks;
+  args.queries = heads * ceil_div(queries, args.kMostQueries) >= 32 ? args.kMostQueries : args.kMostQueries / 2;
+  args.queries = std::min(args.queries, round_up(queries, 32));
+  args.tiles = ceil_div(queries, std::max<int64_t>(args.queries, 1));
   args.key_rows = keys < args.kKeys ? keys : args.kKeys;
-  args.deal = Deal::of(args.B * args.H * args.chunks * args.tiles);
-  // Transposed queries; a block of keys, its scores, a panel of its values; the output.
-  args.scratch = Q * Sp + args.key_rows * (Sp + Q + 32) + Q * Ep;
+  args.deal = Deal::of(heads * args.tiles);
+  // Transposed queries; a block of keys, its scores, twice some columns of its values; the output.
+  args.scratch = args.queries * (Sp + Ep) + args.key_rows * (Sp + args.queries + std::min(2 * args.kColumns, Ep));
   if (c.on_cuda()) {
     const int64_t tile = gpu_tile(args.dtype, queries_of_chunk(args.L, args.C));
     const int64_t strips = args.B * args.H * args.chunks * ceil_div(queries_of_chunk(args.L, args.C), tile);
@@ -223,13 +229,19 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   args.dv_cache = out.gradient(c, "dv_cache", t.v_cache, args.dtype);
   const int64_t keys = keys_of_chunk(args.L, args.C, args.cached);
   const int64_t queries = queries_of_chunk(args.L, args.C);
-  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32), K = args.kKeys;
+  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32);
   const int64_t heads = args.B * args.H * args.chunks;
-  args.groups = heads == 0 ? 0 : std::min({32 / heads + 1, ceil_div(keys, K), int64_t{8}});
-  args.query_rows = queries < args.kQueries ? queries : args.kQueries;
+  args.keys = heads * ceil_div(keys, args.kMostKeys) >= 8 ? args.kMostKeys : args.kMostKeys / 2;
+  args.keys = std::min(args.keys, round_up(keys, 32));
+  args.queries = std::min(int64_t{128}, round_up(queries, 32));
+  args.groups = heads == 0 ? 0 : std::min({32 / heads + 1, ceil_div(keys, args.keys), int64_t{8}});
   args.deal = Deal::of(heads * args.groups);
-  // Keys in panels and transposed, dk; values transposed, dv; queries, dq; the weights and their gradients; do.
-  args.scratch = K * (3 * Sp + 2 * Ep) + args.query_rows * (2 * Sp + 2 * K + 32 * args.kValuePanels);
+  // Keys in panels and transposed, dk; values transposed, dv; queries, dq; the weights and their gradients; two times
+  // columns of do. Of bf16, which may be multiplied in pairs, queries and do are two factors each; the weights become
+  // one and their gradients two.
+  const int64_t more = args.dtype == DType::kBfloat16;
+  args.scratch = args.keys * (3 * Sp + 2 * Ep) +
+                 args.queries * ((2 + more) * Sp + (2 + 3 * more) * args.keys + (2 + 2 * more) * args.kColumns);
   const int64_t rows = args.B * args.L * args.H;
   if (c.on_cuda()) {
     const int64_t tile = gpu_tile(args.dtype, queries);
@@ -249,3 +261,15 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
 
 MEGALODON_KERNEL(chunk_attention_forward, ChunkAttentionForward)
 MEGALODON_KERNEL(chunk_attention_backward, ChunkAttentionBackward)
+
+#if defined(MEGALODON_X86) && !defined(MEGALODON_SIMT)
+namespace megalodon::cpu {
+namespace avx512_bf16 {  // for q, k and v in bf16
+void chunk_attention_forward(const ChunkAttentionForward& args);
+void chunk_attention_backward(const ChunkAttentionBackward& args);
+}  // namespace avx512_bf16
+static inline bool multiplies_bf16_pairs(DType dtype) {
+  return dtype == DType::kBfloat16 && active_isa() == Isa::kAvx512Bf16;
+}
+}  // namespace megalodon::cpu
+#endif

@@ -8,44 +8,68 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// One panel of queries across lanes: their running maximum, sum, and the factor that the last block put on the past.
+// One panel of queries across lanes: what is subtracted from their scores, the sum of their weights, and the factor
+// that the last block put on the past.
 template <class A>
 struct Softmax {
-  Vec<A> best[2], sum[2], scale[2];
+  Vec<A> shift[2], sum[2], scale[2];
 };
 
-// scores[keys, P] becomes exp(scores - maximum). The panel's first query sees keys up to `visible`, its lane i up to
-// visible + i, beyond which scores are masked here.
+// A shift follows the maximum only where that has grown by more than this: weights up to e^8 do no harm, and most
+// blocks leave the outputs so far as they are.
+constexpr int kSlack = 8;
+
+// The greatest of the scores[keys, P]. The panel's first query sees keys up to `visible`, its lane i up to visible + i,
+// beyond which scores are masked here.
 template <class A>
-void softmax_block(A* scores, int64_t keys, int64_t visible, Softmax<A>& state) {
+void mask_and_maximum(A* scores, int64_t keys, int64_t visible, Vec<A> (&best)[2]) {
   constexpr int64_t P = kPanel<A>, W = kLanes<A>;
   const Vec<A> lowest = splat(-std::numeric_limits<A>::infinity());
   Vec<A> lane;
   for (int64_t i = 0; i < W; ++i) lane[i] = static_cast<A>(i);
-  Vec<A> best[2] = {state.best[0], state.best[1]};
-  for (int64_t j = 0; j < keys; ++j) {
-    A* row = scores + j * P;
+  best[0] = best[1] = lowest;
+  const int64_t all = std::min(keys, std::max<int64_t>(visible + 1, 0));
+  for (int64_t j = 0; j < all; ++j) {
+    best[0] = maximum(load(scores + j * P), best[0]);
+    best[1] = maximum(load(scores + j * P + W), best[1]);
+  }
+  for (int64_t j = all; j < keys; ++j) {
     for (int half = 0; half < 2; ++half) {
-      Vec<A> s = load(row + half * W);
-      if (j > visible) {
-        s = lane + static_cast<A>(half * W) < splat(static_cast<A>(j - visible)) ? lowest : s;
-        store(row + half * W, s);
-      }
-      best[half] = maximum(s, best[half]);
+      A* s = scores + j * P + half * W;
+      store(s, lane + static_cast<A>(half * W) < splat(static_cast<A>(j - visible)) ? lowest : load(s));
+      best[half] = maximum(load(s), best[half]);
     }
   }
-  Vec<A> shift[2], sum[2];
+}
+
+// scores[keys, P] become words of the factor weights[words, P] (core/gemm.h) in their place.
+template <class F, class A>
+void softmax_block(A* scores, int64_t keys, int64_t visible, Softmax<A>& state) {
+  constexpr int64_t P = kPanel<A>, W = kLanes<A>, D = kPerWord<F>;
+  const Vec<A> lowest = splat(-std::numeric_limits<A>::infinity());
+  Vec<A> best[2], shift[2], sum[2];
+  mask_and_maximum(scores, keys, visible, best);
   for (int half = 0; half < 2; ++half) {
-    shift[half] = best[half] == lowest ? Vec<A>{} : best[half];  // nothing visible yet
-    state.scale[half] = exp(state.best[half] - shift[half]);
+    const Vec<A> before = state.shift[half];
+    const Vec<A> after = best[half] > before + kSlack ? best[half] : before;
+    shift[half] = after == lowest ? Vec<A>{} : after;  // nothing visible yet
+    state.scale[half] = after == before ? splat(A(1)) : weight_of(before - shift[half]);
     sum[half] = state.sum[half] * state.scale[half];
-    state.best[half] = best[half];
+    state.shift[half] = after;
   }
-  for (int64_t j = 0; j < keys; ++j) {
+  for (int64_t j = 0; j < keys; j += D) {
     for (int half = 0; half < 2; ++half) {
-      const Vec<A> e = exp(load(scores + j * P + half * W) - shift[half]);
-      store(scores + j * P + half * W, e);
+      Vec<A> e = weight_of(load(scores + j * P + half * W) - shift[half]);
       sum[half] += e;
+#if defined(__AVX512BF16__)
+      if constexpr (D == 2) {
+        Vec<A> second = {};
+        if (j + 1 < keys) second = weight_of(load(scores + (j + 1) * P + half * W) - shift[half]);
+        sum[half] += second;
+        e = pair_up(e, second);
+      }
+#endif
+      store(scores + j / D * P + half * W, e);
     }
   }
   state.sum[0] = sum[0];
@@ -55,11 +79,12 @@ void softmax_block(A* scores, int64_t keys, int64_t visible, Softmax<A>& state) 
 template <class T>
 class ForwardTile {
   using A = stat_t<T>;
-  static constexpr int64_t P = kPanel<A>, W = kLanes<A>;
-  static constexpr int64_t kQueries = ChunkAttentionForward::kQueries, kKeys = ChunkAttentionForward::kKeys;
-  static constexpr int64_t kPanels = kQueries / P;  // of queries
-  // Rows of values to prefetch per product of kMicroRows queries, so that a panel is there when it is packed.
-  static constexpr int64_t kAhead = kKeys * kMicroRows / kQueries + kMicroRows;
+  using F = factor_t<T>;
+  static constexpr int64_t P = kPanel<A>, W = kLanes<A>, D = kPerWord<F>;
+  static constexpr int64_t kKeys = ChunkAttentionForward::kKeys;
+  static constexpr int64_t kColumns = ChunkAttentionForward::kColumns;
+  static constexpr int64_t kPanels = ChunkAttentionForward::kMostQueries / P;  // of queries
+  static constexpr int64_t kRows = 4 * kMicroRows;                             // of keys, between turns of packing
 
  public:
   ForwardTile(const ChunkAttentionForward& args, const Chunk& chunk, int64_t tile, A* scratch)
@@ -67,41 +92,52 @@ class ForwardTile {
         chunk_(chunk),
         keys_(rows_of<const T>(args, chunk, args.k, args.k_cache, args.S)),
         values_(rows_of<const T>(args, chunk, args.v, args.v_cache, args.E)),
-        place_(chunk.first + tile * kQueries),
-        queries_(std::min(kQueries, chunk.keys - place_)),
+        place_(chunk.first + tile * args.queries),
+        queries_(std::min(args.queries, chunk.keys - place_)),
+        end_(place_ + queries_),
         drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.b), static_cast<uint32_t>(chunk.h)} {
     queries_packed_ = scratch;
-    keys_packed_ = queries_packed_ + kQueries * args.S;
+    keys_packed_ = queries_packed_ + args.queries * round_up(args.S, P);
     scores_ = keys_packed_ + args.key_rows * round_up(args.S, P);
-    values_packed_ = scores_ + args.key_rows * kQueries;
-    output_ = values_packed_ + args.key_rows * P;
+    values_packed_[0] = scores_ + args.key_rows * args.queries;
+    const int64_t Ep = round_up(args.E, P);
+    values_packed_[1] = values_packed_[0] + args.key_rows * std::min(kColumns, Ep);
+    output_ = values_packed_[0] + args.key_rows * std::min(2 * kColumns, Ep);
   }
 
   void run() {
     const auto queries = rows_of<const T>(args_, chunk_, args_.q, nullptr, args_.S);
-    pack_transposed(queries.row(place_), queries.stride, queries_, args_.S, queries_packed_, args_.S);
-    for (Softmax<A>& state : softmax_) {
-      for (int half = 0; half < 2; ++half) {
-        state.best[half] = splat(-std::numeric_limits<A>::infinity());
-        state.sum[half] = Vec<A>{};
-      }
+    const auto query = [&](int64_t i) { return queries.row(place_ + i); };
+    pack_transposed<F>(query, queries_, args_.S, queries_packed_);
+    for (int64_t p = 0; p * P < queries_; ++p) {
+      softmax_[p].shift[0] = softmax_[p].shift[1] = splat(-std::numeric_limits<A>::infinity());
+      softmax_[p].sum[0] = softmax_[p].sum[1] = Vec<A>{};
     }
-    const int64_t end = place_ + queries_;
-    for (int64_t j = 0; j < end; j += kKeys) {
-      const int64_t n = std::min(kKeys, end - j);
-      score(j, n);
-      add_values(j, n);
+    next_keys_ = packer_of_keys(0);
+    for (int64_t j = 0; j < end_; j += kKeys) {
+      next_keys_.finish();
+      next_values_ = packer_of_values(j, 0);
+      score(j, std::min(kKeys, end_ - j));
+      add_values(j, std::min(kKeys, end_ - j));
     }
-    finish();
+    if (args_.E == 0) finish(0);
   }
 
  private:
   int64_t panel_queries(int64_t p) const { return std::min(P, queries_ - p * P); }
-  // How many of the n keys from place j on are visible to query i of the tile.
+  // How many of n keys from place j on query i of the tile sees.
   int64_t visible(int64_t i, int64_t j, int64_t n) const { return std::min(n, place_ + i + 1 - j); }
 
+  Packer<T> packer_of_keys(int64_t j) const {
+    return {keys_, j, std::min(j + kKeys, end_), 0, args_.S, {keys_packed_, nullptr}};
+  }
+  Packer<T> packer_of_values(int64_t j, int64_t e) const {
+    const int64_t n = std::min(kColumns, args_.E - e);
+    return {values_, j, std::min(j + kKeys, end_), e, n, {nullptr, values_packed_[e / kColumns % 2]}};
+  }
+
   void score(int64_t j, int64_t n) {
-    pack_places(keys_, j, j + n, 0, args_.S, keys_packed_, n);
+    next_values_.divide(ceil_div(queries_, P) * ceil_div(n, kRows));
     for (int64_t p = 0; p * P < queries_; ++p) {
       A* scores = scores_ + p * args_.key_rows * P;
       const int64_t count = visible(p * P + panel_queries(p) - 1, j, n);
@@ -109,66 +145,78 @@ class ForwardTile {
         softmax_[p].scale[0] = softmax_[p].scale[1] = splat(A(1));
         continue;
       }
-      multiply(count, args_.S, keys_packed_, n, queries_packed_ + p * P * args_.S, scores, false);
+      const A* queries = queries_packed_ + p * P * words_of<F>(args_.S);
+      for (int64_t i = 0; i < count; i += kRows) {
+        multiply<F>(std::min(kRows, count - i), words_of<F>(args_.S), keys_packed_ + i * P, n, queries, scores + i * P,
+                    false);
+        next_values_.turn();
+      }
       if (drop_.any()) {
         drop_columns(drop_, chunk_.start + static_cast<uint32_t>(j), count,
                      chunk_.start + static_cast<uint32_t>(place_ + p * P), P, scores);
       }
-      softmax_block(scores, count, place_ + p * P - j, softmax_[p]);
+      softmax_block<F>(scores, count, place_ + p * P - j, softmax_[p]);
     }
   }
 
+  // While some columns of the values are multiplied, the next ones are packed, or the next block's keys.
   void add_values(int64_t j, int64_t n) {
-    const bool accumulate = j > 0;
-    const bool rescale = accumulate && any_scale();
-    for (int64_t e = 0; e < args_.E; e += P) {
-      pack_places(values_, j, j + n, e, std::min(P, args_.E - e), values_packed_, n);
-      int64_t next = j;  // the next place whose part of the next panel is to be prefetched
-      const int64_t stop = args_.E - e >= 2 * P ? j + n : j;
-      A* output = output_ + e * kQueries;
-      if (rescale) scale_rows(output);
-      for (int64_t p = 0; p * P < queries_; ++p) {
-        const A* weights = scores_ + p * args_.key_rows * P;
-        for (int64_t i = 0; i < panel_queries(p); i += kMicroRows) {
-          const int64_t rows = std::min<int64_t>(kMicroRows, panel_queries(p) - i);
-          const int64_t count = visible(p * P + i + rows - 1, j, n);
-          for (const int64_t last = std::min(stop, next + kAhead); next < last; ++next) {
-            const auto* row = reinterpret_cast<const char*>(values_.row(next) + e + P);
-            for (int64_t byte = 0; byte < P * int64_t{sizeof(T)}; byte += 64) __builtin_prefetch(row + byte);
-          }
+    const bool rescale = j > 0 && any_scale();
+    const int64_t turns = ceil_div(queries_, P) * ceil_div(P, kMicroRows);
+    next_keys_ = j + n < end_ ? packer_of_keys(j + n) : Packer<T>();
+    for (int64_t e = 0; e < args_.E; e += kColumns) {
+      next_values_.finish();
+      const bool last = e + kColumns >= args_.E;
+      if (!last) next_values_ = packer_of_values(j, e + kColumns);
+      const int64_t panels = panels_of<A>(std::min(kColumns, args_.E - e));
+      last ? next_keys_.divide(turns * panels) : next_values_.divide(turns * panels);
+      for (int64_t c = 0; c < panels; ++c) {
+        A* output = output_ + (e + c * P) * args_.queries;
+        const A* values = values_packed_[e / kColumns % 2] + c * P * words_of<F>(n);
+        if (rescale) scale_rows(output);
+        for (int64_t i = 0; i < queries_; i += i % P + kMicroRows < P ? kMicroRows : P - i % P) {
+          const int64_t rows = std::min({int64_t{kMicroRows}, P - i % P, queries_ - i});
+          const int64_t count = visible(i + rows - 1, j, n);
           if (count > 0) {
-            multiply_transposed(rows, count, weights + i, values_packed_, output + (p * P + i) * P, accumulate);
+            multiply_transposed<F>(rows, words_of<F>(count), scores_ + i / P * args_.key_rows * P + i % P, values,
+                                   output + i * P, j > 0);
           }
+          last ? next_keys_.turn() : next_values_.turn();
         }
       }
+      if (j + n >= end_) finish(e);
     }
   }
 
   bool any_scale() const {
     bool any = false;
-    for (int64_t i = 0; i < queries_; ++i) any |= softmax_[i / P].scale[i % P / W][i % W] != A(1);
+    for (int64_t i = 0; i < queries_; ++i) any |= scale_of(i) != A(1);
     return any;
   }
+  A scale_of(int64_t i) const { return softmax_[i / P].scale[i % P / W][i % W]; }
 
   void scale_rows(A* output) const {
     for (int64_t i = 0; i < queries_; ++i) {
-      const A scale = softmax_[i / P].scale[i % P / W][i % W];
+      const A scale = scale_of(i);
+      if (scale == A(1)) continue;
       store(output + i * P, load(output + i * P) * scale);
       store(output + i * P + W, load(output + i * P + W) * scale);
     }
   }
 
-  void finish() const {
+  // Columns e .. of the output, which are complete.
+  void finish(int64_t e) const {
     const auto out = rows_of<T>(args_, chunk_, args_.o, nullptr, args_.E);
     auto* lse = static_cast<A*>(args_.lse) + (chunk_.b * args_.H + chunk_.h) * args_.L + chunk_.token + place_;
+    const int64_t stop = std::min(args_.E, e + kColumns);
     for (int64_t i = 0; i < queries_; ++i) {
       const Softmax<A>& state = softmax_[i / P];
       const A sum = state.sum[i % P / W][i % W];
       const A inverse = sum == 0 ? A(0) : A(1) / sum;
-      lse[i] = state.best[i % P / W][i % W] + std::log(sum);
+      if (e == 0) lse[i] = state.shift[i % P / W][i % W] + std::log(sum);
       T* row = out.row(place_ + i);
-      for (int64_t e = 0; e < args_.E; e += W) {
-        store(row + e, load(output_ + e / P * P * kQueries + i * P + e % P) * inverse, args_.E - e);
+      for (int64_t c = e; c < stop; c += W) {
+        store(row + c, load(output_ + c / P * P * args_.queries + i * P + c % P) * inverse, args_.E - c);
       }
     }
   }
@@ -176,10 +224,11 @@ class ForwardTile {
   const ChunkAttentionForward& args_;
   const Chunk chunk_;
   const Rows<const T> keys_, values_;
-  const int64_t place_, queries_;
+  const int64_t place_, queries_, end_;
   const DropKey drop_;
+  Packer<T> next_keys_, next_values_;
   Softmax<A> softmax_[kPanels];
-  A *queries_packed_, *keys_packed_, *scores_, *values_packed_, *output_;
+  A *queries_packed_, *keys_packed_, *scores_, *values_packed_[2], *output_;
 };
 
 }  // namespace megalodon::cpu::MEGALODON_ISA

@@ -3,7 +3,7 @@
 ``torch.ops.megalodon.*``, the friendly functions and the model are there where torch is installed;
 ``megalodon_ops.kernels.*`` runs the same kernels on NumPy and other arrays, without torch. The
 environment variable ``MEGALODON_TORCH=0`` leaves torch alone even where it is installed;
-``MEGALODON_ISA`` forces an instruction set (portable, avx2 or avx512).
+``MEGALODON_ISA`` forces an instruction set (portable, avx2, avx512 or avx512_bf16).
 """
 
 from __future__ import annotations
