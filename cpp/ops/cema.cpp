@@ -21,6 +21,7 @@
 #include "core/subnormals.h"
 #include "ops/cema_scan.h"
 #include "ops/cema_short.h"
+#include "ops/cema_tiles.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
@@ -154,60 +155,138 @@ void for_stages(const CemaShape& shape, int64_t first, int64_t last, Body&& body
 
 // ---- forward ----
 
-// x, y: packed.
-template <class A>
-void forward_block(const CemaForward& args, const Tables<A>& tables, int64_t steps, int64_t d, const A* x, A* y,
-                   double* H) {
-  constexpr int64_t W = kLanes<A>;
-  const Vec<A> omega = load(static_cast<const A*>(args.omega) + d, args.D - d);
-  for (int64_t t = 0; t < steps; ++t) store(y + t * W, omega * load(x + t * W));
-  for_wavelets<kGroup>(args.N, [&](auto group, int64_t n) {
-    constexpr int G = group.value;
-    alignas(64) A state[2 * G * W];
-    for (int k = 0; k < G; ++k) round_state(H + 2 * (n + k) * W, state + 2 * k * W);
-    scan_block<A, G>(tables.narrow_of(d, n), state, x, y, steps);
-    for (int k = 0; k < G; ++k) {
-      carry(tables.narrow_of(d, n + k), tables.wide_of(d, n + k), steps, steps == CemaShape::kForward, false,
-            state + 2 * k * W, H + 2 * (n + k) * W);
+// Where the next block's x and y lie, fetched while this one is worked on: rows are D elements apart, which the
+// hardware does not foresee.
+template <class T>
+struct Ahead {
+  const T* x;
+  T* y;
+  int64_t D, rows, each;
+
+  void fetch() {
+    for (int64_t i = 0; i < each && rows > 0; ++i, --rows, x += D, y += D) {
+      __builtin_prefetch(x);
+      __builtin_prefetch(y, 1);
     }
-  });
+  }
+};
+
+// One block of one vector of channels. x, y: its first row. hi, lo: the state, [N, 2, W] each.
+template <class T>
+void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables, int64_t steps, int64_t d, const T* x,
+                   T* y, stat_t<T>* hi, stat_t<T>* lo, Ahead<T> ahead) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>, K = CemaShape::kForward;
+  alignas(64) A packed[K * W], sums[K * W], states[K / kTile * kKept * 2 * W];
+  const int64_t lanes = args.D - d < W ? args.D - d : W, N = args.N, rest = steps % kTile;
+  const int64_t tiles = ceil_div(steps, kTile);
+  for (int64_t t = 0; t < steps; ++t) store(packed + t * W, load(x + t * args.D, lanes));
+  if (rest != 0) std::memset(packed + steps * W, 0, (kTile - rest) * W * sizeof(A));
+  ahead.each = ceil_div(ahead.rows, ceil_div(N, kKept) * ceil_div(tiles, kTogether));
+  const bool direct = lanes == W && rest == 0;
+  for (int64_t n = 0; n < N; n += kKept) {
+    const TileStates of{tiles, N - n < kKept ? N - n : kKept};
+    for_wavelets<kPaired>(of.group, [&](auto paired, int64_t i) {
+      constexpr int G = paired.value;
+      alignas(64) A end[2 * G * W];
+      const A* table = tables.row(d, n + i);
+      A *high = hi + 2 * (n + i) * W, *low = lo + 2 * (n + i) * W;
+      std::memcpy(end, high, sizeof end);
+      advance_block<A, G>(table, packed, of, i, end, states);
+      for (int g = 0; g < G; ++g) {
+        if (rest != 0) {
+          finish_tile(table + g * kRow * W, tables.exact_q(d, n + i + g), packed + (steps - rest) * W, rest,
+                      states + (of.at(tiles - 1) + (i + g) * of.stride(tiles - 1)) * W, high + 2 * g * W);
+        } else if (steps == K) {
+          carry(table + g * kRow * W, end + 2 * g * W, high + 2 * g * W, low + 2 * g * W);
+        } else {
+          std::memcpy(high + 2 * g * W, end + 2 * g * W, 2 * W * sizeof(A));
+        }
+      }
+    });
+    const auto outputs = [&](auto together, int64_t m) {
+      constexpr int M = together.value;
+      const int64_t t = m * kTile;
+      const auto half = [&](auto first) {
+        const auto put = [&](auto* out, int64_t step) {
+          output_tiles<A, M, first.value>(tables.response(d), tables.row(d, n), packed + t * W, states + of.at(m) * W,
+                                          of.group, n == 0 ? nullptr : sums + t * W, out, step);
+        };
+        if (direct && n + of.group == N) {
+          put(y + t * args.D, args.D);
+        } else {
+          put(sums + t * W, W);
+        }
+      };
+      half(std::integral_constant<int, 0>{});
+      half(std::integral_constant<int, kOutputs>{});
+      ahead.fetch();
+    };
+    int64_t m = 0;
+    for (; m + kTogether <= tiles; m += kTogether) outputs(std::integral_constant<int, kTogether>{}, m);
+    for (; m < tiles; ++m) outputs(std::integral_constant<int, 1>{}, m);
+  }
+  if (direct) return;
+  for (int64_t t = 0; t < steps; ++t) store(y + t * args.D, load(sums + t * W), lanes);
+}
+
+// One row of the batch, the channels [d0, d1).
+template <class T>
+void forward_row(const CemaForward& args, const TileTables<stat_t<T>>& tables, int64_t b, int64_t d0, int64_t d1,
+                 stat_t<T>* states) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>, K = CemaShape::kForward;
+  const int64_t N = args.N, at = b * args.D * N * 2;
+  const auto hi = [&](int64_t d) { return states + d * N * 4; };
+  const auto lo = [&](int64_t d) { return states + d * N * 4 + 2 * N * W; };
+  const auto unpacked = [&](int64_t d, auto&& body) {
+    for (int64_t l = 0; l < W && d + l < args.D; ++l) {
+      for (int64_t i = 0; i < 2 * N; ++i) body(at + (d + l) * 2 * N + i, hi(d) + i * W + l);
+    }
+  };
+  for (int64_t d = d0; d < d1; d += W) {
+    std::memset(hi(d), 0, 4 * N * W * sizeof(A));
+    if (args.h0 == nullptr) continue;
+    unpacked(d, [&](int64_t i, A* h) { *h = static_cast<const A*>(args.h0)[i]; });
+  }
+  for (int64_t t = 0; t < args.L; t += K) {
+    const int64_t steps = args.L - t < K ? args.L - t : K;
+    for (int64_t d = d0; d < d1; d += W) {
+      const int64_t row = (b * args.L + t) * args.D + d;
+      const bool turn = d + W >= d1;  // the next block is the first channels', later
+      const int64_t next = turn ? row + K * args.D + d0 - d : row + W;
+      const int64_t rows = !turn ? steps : args.L - t - K < K ? args.L - t - K : K;
+      const Ahead<T> ahead{static_cast<const T*>(args.x) + next, static_cast<T*>(args.y) + next, args.D, rows, 0};
+      forward_block<T>(args, tables, steps, d, static_cast<const T*>(args.x) + row, static_cast<T*>(args.y) + row,
+                       hi(d), lo(d), ahead);
+    }
+  }
+  for (int64_t d = d0; d < d1; d += W) unpacked(d, [&](int64_t i, A* h) { static_cast<A*>(args.h)[i] = *h; });
 }
 
 template <class T>
 void forward(const CemaForward& args) {
   using A = stat_t<T>;
-  constexpr int64_t kRoom = room_of<A>(CemaShape::kForward);
-  Tables<A> tables;
-  double* states = tables.place(args.workspace, args);
-  tables.make(args, false, args.L >= CemaShape::kForward ? CemaShape::kForward : 0);
+  TileTables<A> tables;
+  A* states = tables.place(args.workspace, args);
+  const Parameters<A> parameters = Parameters<A>::of(args);
+  parallel_for(args.columns(), 1 + 256 / (kColumn * args.N), [&](int64_t begin, int64_t end) {
+    for_vectors<A>(args, begin, end, [&](int64_t d) {
+      for (int64_t i = 0; i < kLanes<A>; i += kDoubles) {
+        tables.make(parameters, static_cast<const A*>(args.omega), d, i,
+                    args.L >= CemaShape::kForward ? CemaShape::kForward : 0);
+      }
+    });
+  });
   const Parts parts = args.parts();
-  A* packed = reinterpret_cast<A*>(states + parts.parts * args.wavelets() * 2);
-  const int64_t state = args.D * args.N * 2;  // elements of h per row of the batch
   parallel_for(parts.parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
     for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
-      double* H = states + part * args.wavelets() * 2;
-      A* x = packed + (part * args.columns() + first) * kColumn * 2 * (CemaShape::kForward + 1);
-      A* y = x + (last - first < CemaShape::kStaged ? last - first : CemaShape::kStaged) * kColumn / kLanes<A> * kRoom;
-      for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
-        const A* h0 = args.h0 == nullptr ? nullptr : static_cast<const A*>(args.h0) + b * state;
-        for_vectors<A>(args, first, last,
-                       [&](int64_t d) { read_state(h0, tables, args, d, true, H + d * args.N * 2); });
-        for (int64_t t = 0; t < args.L; t += CemaShape::kForward) {
-          const int64_t steps = args.L - t < CemaShape::kForward ? args.L - t : CemaShape::kForward;
-          for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
-            const int64_t offset = (b * args.L + t) * args.D + d0;
-            pack(static_cast<const T*>(args.x) + offset, args.D, d1 - d0, steps, kRoom, x);
-            for (int64_t d = d0, at = 0; d < d1; d += kLanes<A>, at += kRoom) {
-              forward_block(args, tables, steps, d, x + at, y + at, H + d * args.N * 2);
-            }
-            unpack(y, args.D, d1 - d0, steps, kRoom, static_cast<T*>(args.y) + offset);
-          });
+      for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
+        for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
+          forward_row<T>(args, tables, b, d0, d1, states + part * args.wavelets() * 4);
         }
-        for_vectors<A>(args, first, last, [&](int64_t d) {
-          write_state(static_cast<A*>(args.h) + b * state, tables, args, d, true, H + d * args.N * 2);
-        });
-      }
+      });
     });
   });
 }

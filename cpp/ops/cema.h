@@ -30,7 +30,9 @@ struct CemaShape {
   static constexpr int64_t kColumn = 16;    // channels worked on together, padded with zeros at the end of D
   static constexpr int64_t kForward = 128;  // steps of a time block
   static constexpr int64_t kBackward = 64;
-  static constexpr int64_t kStaged = 16;  // columns packed at a time
+  static constexpr int64_t kStaged = 16;               // columns packed at a time
+  static constexpr int64_t kTile = 8;                  // steps of a tile of a block, forward
+  static constexpr int64_t kTableRow = 4 * kTile + 6;  // numbers per wavelet in the table of coefficients
 
   int64_t columns() const { return (D + kColumn - 1) / kColumn; }
   int64_t blocks() const { return (L + kBackward - 1) / kBackward; }
@@ -121,11 +123,12 @@ struct CemaForward : CemaShape {
   void* h;            // [B, D, N, 2] stat
   void* workspace;    // scan: see scan_bytes
 
-  // Coefficients (at most 4 stat and 7 float64 per wavelet), the running states (2 float64 per wavelet and part), x and
-  // y of a time block.
+  // Coefficients (for each wavelet a row and q in float64, for each channel the response of a tile) and the running
+  // states, in two parts each, of every part of the batch.
   int64_t scan_bytes() const {
-    return wavelets() * (4 * size_of(stat_dtype(dtype)) + 7 * 8) + parts().parts * wavelets() * 2 * 8 +
-           packed_bytes(dtype, kForward, 2);
+    const int64_t stat = size_of(stat_dtype(dtype));
+    return wavelets() * (kTableRow * stat + 2 * 8) + columns() * kColumn * kTile * stat +
+           parts().parts * wavelets() * 4 * stat;
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
