@@ -165,7 +165,7 @@ struct Ahead {
 
   void fetch() {
     for (int64_t i = 0; i < each && rows > 0; ++i, --rows, x += D, y += D) {
-      __builtin_prefetch(x);
+      __builtin_prefetch(x, 0, 2);
       __builtin_prefetch(y, 1);
     }
   }

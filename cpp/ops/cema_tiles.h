@@ -24,7 +24,7 @@ constexpr int kTile = CemaShape::kTile;
 constexpr int kTogether = kVectorBytes == 64 ? 4 : 2;
 constexpr int kPaired = 2;   // wavelets whose states advance together
 constexpr int kOutputs = 4;  // steps of a tile whose outputs are summed together
-constexpr int kKept = 8;    // wavelets whose states of a block are kept, in L1
+constexpr int kKept = 4;    // wavelets whose states of a block are kept, in L1
 
 // Entries of a wavelet's row of the table, each a pair (re, im) of vectors of channels but for the first T vectors of
 // all, the response k: a q^j, g q^(j+1), q^T, and for the carry between blocks of K steps q^K and q^K - (q^T)^(K/T),
