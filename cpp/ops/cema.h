@@ -27,23 +27,19 @@ enum class CemaAlgorithm : int32_t { kScan, kFft };
 struct CemaShape {
   int64_t B, L, D, N;
 
-  static constexpr int64_t kColumn = 16;    // channels worked on together, padded with zeros at the end of D
-  static constexpr int64_t kForward = 128;  // steps of a time block
-  static constexpr int64_t kBackward = 64;
+  static constexpr int64_t kColumn = 16;               // channels worked on together, padded with zeros at the end of D
+  static constexpr int64_t kBlock = 128;               // steps of a time block
   static constexpr int64_t kStaged = 16;               // columns packed at a time
   static constexpr int64_t kTile = 8;                  // steps of a tile of a block, forward
   static constexpr int64_t kTableRow = 4 * kTile + 6;  // numbers per wavelet in the table of coefficients
+  static constexpr int64_t kSums = 11, kChannelSums = kTile + 1;  // of gradients, per wavelet and per channel
 
   int64_t columns() const { return (D + kColumn - 1) / kColumn; }
-  int64_t blocks() const { return (L + kBackward - 1) / kBackward; }
+  int64_t blocks() const { return (L + kBlock - 1) / kBlock; }
   // Rows of the batch one task walks through, one after the other: few columns need more tasks to occupy the threads.
   Parts parts() const {
     const int64_t wanted = columns() > 0 ? (Parts::kMaxParts + columns() - 1) / columns() : 1;
     return {B, wanted < B ? wanted : B > 0 ? B : 1};
-  }
-  // Bytes of packed copies of one step more than a time block's, for `arrays` arrays.
-  int64_t packed_bytes(DType dtype, int64_t steps, int64_t arrays) const {
-    return parts().parts * columns() * kColumn * (steps + 1) * arrays * size_of(stat_dtype(dtype));
   }
   int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
 
@@ -174,14 +170,12 @@ struct CemaBackward : CemaShape {
   void* dh0;       // [B, D, N, 2], nullptr when h0 is
   void* workspace;
 
-  // Coefficients, and for each part: running states (2 float64 per wavelet), sums of five gradients per wavelet and one
-  // per channel in float64, the state at the start of every time block (2 stat per wavelet and block: 2 N / 64 numbers
-  // per element of x), and x, dy and dx of a time block.
+  // Coefficients as forward and the powers of q within a tile, and for each part: running states in two parts each,
+  // sums of gradients in float64, the state at the start of every time block (2 N / 128 numbers per element of x).
   int64_t scan_bytes() const {
-    const int64_t stat = size_of(stat_dtype(dtype));
-    return wavelets() * (4 * stat + 7 * 8) +
-           parts().parts * (wavelets() * (7 * 8 + 2 * stat * blocks()) + columns() * kColumn * 8) +
-           packed_bytes(dtype, kBackward, 3);
+    const int64_t stat = size_of(stat_dtype(dtype)), channels = columns() * kColumn;
+    return wavelets() * ((kTableRow + 2 * (kTile - 1)) * stat + 2 * 8) + channels * kTile * stat +
+           parts().parts * (wavelets() * (kSums * 8 + (4 + 2 * blocks()) * stat) + channels * kChannelSums * 8);
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 3, 7); }

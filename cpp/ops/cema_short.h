@@ -7,7 +7,8 @@
 
 #include "core/parallel.h"
 #include "core/subnormals.h"
-#include "ops/cema_scan.h"
+#include "core/wavelets.h"
+#include "ops/cema.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 

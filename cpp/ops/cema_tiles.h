@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/parallel.h"
+#include "core/subnormals.h"
 #include "core/wavelets.h"
 #include "ops/cema.h"
 
@@ -24,7 +26,7 @@ constexpr int kTile = CemaShape::kTile;
 constexpr int kTogether = kVectorBytes == 64 ? 4 : 2;
 constexpr int kPaired = 2;   // wavelets whose states advance together
 constexpr int kOutputs = 4;  // steps of a tile whose outputs are summed together
-constexpr int kKept = 4;    // wavelets whose states of a block are kept, in L1
+constexpr int kKept = 4;     // wavelets whose states of a block are kept, in L1
 
 // Entries of a wavelet's row of the table, each a pair (re, im) of vectors of channels but for the first T vectors of
 // all, the response k: a q^j, g q^(j+1), q^T, and for the carry between blocks of K steps q^K and q^K - (q^T)^(K/T),
@@ -33,28 +35,114 @@ enum : int64_t { kEnter = 0, kLeave = 2 * kTile, kAdvance = 4 * kTile, kExact = 
 constexpr int64_t kRow = CemaShape::kTableRow;
 static_assert(kRow == kDrift + 2);
 
+// ---- loops ----
+
+// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the batch.
+template <class Body>
+void for_columns(const CemaShape& shape, int64_t begin, int64_t end, Body&& body) {
+  const int64_t columns = shape.columns();
+  while (begin < end) {
+    const int64_t part = begin / columns;
+    const int64_t first = begin - part * columns;
+    const int64_t last = first + (end - begin) < columns ? first + (end - begin) : columns;
+    body(part, first, last);
+    begin += last - first;
+  }
+}
+
+// Calls body(d, end) for the channels [d, end) of every kStaged columns of [first, last): these go through time
+// together, so that memory is read in pieces of a line per column and the tables stay in L2.
+template <class Body>
+void for_stages(const CemaShape& shape, int64_t first, int64_t last, Body&& body) {
+  constexpr int64_t kColumn = CemaShape::kColumn, kChannels = CemaShape::kStaged * kColumn;
+  const int64_t end = last * kColumn < shape.D ? last * kColumn : shape.D;
+  for (int64_t d = first * kColumn; d < end; d += kChannels) body(d, d + kChannels < end ? d + kChannels : end);
+}
+
+// Calls body(constant G, n) for the wavelets in groups of at most kMost, 1 or 2.
+template <int kMost, class Body>
+void for_wavelets(int64_t N, Body&& body) {
+  int64_t n = 0;
+  for (; n + kMost <= N; n += kMost) body(std::integral_constant<int, kMost>{}, n);
+  if (n < N) body(std::integral_constant<int, 1>{}, n);
+}
+
+// Calls body(index in a tensor [B, D, N, 2], entry of `state` [N, 2, lanes]) for row b and the channels from d on.
+template <class A, class Body>
+void for_state(const CemaShape& shape, int64_t b, int64_t d, A* state, Body&& body) {
+  constexpr int64_t W = kLanes<A>;
+  for (int64_t l = 0; l < W && d + l < shape.D; ++l) {
+    const int64_t at = (b * shape.D + d + l) * shape.N * 2;
+    for (int64_t i = 0; i < 2 * shape.N; ++i) body(at + i, state[i * W + l]);
+  }
+}
+
+// Steps of a vector of channels, from rows D elements apart.
+template <class T>
+inline void pack(const T* rows, int64_t D, int64_t lanes, int64_t steps, stat_t<T>* packed) {
+  for (int64_t t = 0; t < steps; ++t) store(packed + t * kLanes<stat_t<T>>, load(rows + t * D, lanes));
+}
+template <class T>
+inline void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t steps, T* rows) {
+  for (int64_t t = 0; t < steps; ++t) store(rows + t * D, load(packed + t * kLanes<stat_t<T>>), lanes);
+}
+
+// Where the next block's rows lie, fetched while this one is worked on: they are D elements apart, which the hardware
+// does not foresee. What is read goes to L2, what is written (`out`) to L1.
+template <class T>
+struct Next {
+  const T* in;
+  T* out;
+  int64_t D, rows, each;
+
+  void fetch() {
+    for (int64_t i = 0; i < each && rows > 0; ++i, --rows, in += D, out += D) {
+      __builtin_prefetch(in, 0, 2);
+      __builtin_prefetch(out, 1);
+    }
+  }
+};
+
 // ---- tables ----
 
 template <class A>
 struct TileTables {
   A* narrow;     // [vectors of channels, T + N kRow, lanes]
   double* wide;  // [vectors of channels, N, 2, lanes]: q
+  A* powers;     // [vectors of channels, N, T - 1, 2, lanes]: q^1 .. q^(T-1), for the backward pass alone
   int64_t N;
 
   // Takes its room from the workspace and gives what follows.
-  A* place(void* workspace, const CemaShape& shape) {
+  A* place(void* workspace, const CemaShape& shape, bool backward) {
     N = shape.N;
     wide = static_cast<double*>(workspace);
     narrow = reinterpret_cast<A*>(wide + shape.wavelets() * 2);
-    return narrow + shape.wavelets() * kRow + shape.columns() * CemaShape::kColumn * kTile;
+    A* rest = narrow + shape.wavelets() * kRow + shape.columns() * CemaShape::kColumn * kTile;
+    powers = backward ? rest : nullptr;
+    return backward ? rest + shape.wavelets() * 2 * (kTile - 1) : rest;
   }
   // Of the vector of channels from d on.
   A* response(int64_t d) const { return narrow + d * (kTile + N * kRow); }
   A* row(int64_t d, int64_t n) const { return response(d) + (kTile + n * kRow) * kLanes<A>; }
+  A* powers_of(int64_t d, int64_t n) const { return powers + (d * N + n * kLanes<A>)*2 * (kTile - 1); }
   double* exact_q(int64_t d, int64_t n) const { return wide + (d * N + n * kLanes<A>)*2; }
 
+  template <class Args>
+  void make(const Args& args) const {
+    const Parameters<A> parameters = Parameters<A>::of(args);
+    const int64_t steps = args.L >= CemaShape::kBlock ? CemaShape::kBlock : 0;
+    parallel_for(args.columns(), 1 + 64 / (CemaShape::kColumn * N), [&](int64_t begin, int64_t end) {
+      for (int64_t d = begin * CemaShape::kColumn; d < end * CemaShape::kColumn && d < args.D; d += kLanes<A>) {
+        for (int64_t i = 0; i < kLanes<A>; i += kDoubles) {
+          make_lanes(parameters, static_cast<const A*>(args.omega), d, i, steps);
+        }
+      }
+    });
+  }
+
+ private:
   // Of kDoubles channels from d + i on. `steps`: of a whole block; 0 where there is none.
-  void make(const Parameters<A>& parameters, const A* omega, int64_t d, int64_t i, int64_t steps) const {
+  void make_lanes(const Parameters<A>& parameters, const A* omega, int64_t d, int64_t i, int64_t steps) const {
     constexpr int64_t W = kLanes<A>;
     const double scale = gamma_scale(N);
     const Sigmoid<Double> frequency = parameters.frequency(d + i);
@@ -73,6 +161,10 @@ struct TileTables {
       const Complex<Double> advance = power(q, kTile);
       store_pair(to + kAdvance * W, W, i, advance);
       store_pair(exact_q(d, n), W, i, q);
+      Complex<Double> power_of = q;
+      for (int64_t j = 0; powers != nullptr && j < kTile - 1; ++j, power_of = power_of * q) {
+        store_pair(powers_of(d, n) + 2 * j * W, W, i, power_of);
+      }
       if (steps == 0) continue;
       const Complex<Double> exact = power(advance, steps / kTile);
       const Complex<Double> rounded = power(load_pair(to + kAdvance * W, W, i), steps / kTile);
@@ -85,50 +177,62 @@ struct TileTables {
 
 // ---- one time block ----
 
-// The states of a block's tiles, of `group` wavelets: kTogether tiles side by side, those left over one by one.
+// The states of a block's tiles, of `group` wavelets: kTogether tiles side by side, those left over one by one. What
+// at() gives is for wavelet `first` of the group.
 struct TileStates {
-  int64_t tiles, group;
+  int64_t tiles, group, first = 0;
 
   // Where the (re, im) of tile m are, and how far one wavelet is from the next, in vectors.
   int64_t at(int64_t m) const {
-    return whole(m) ? m / kTogether * kTogether * group * 2 + m % kTogether * 2 : m * group * 2;
+    if (m < whole()) return m / kTogether * kTogether * group * 2 + (first * kTogether + m % kTogether) * 2;
+    return (m * group + first) * 2;
   }
-  int64_t stride(int64_t m) const { return whole(m) ? 2 * kTogether : 2; }
-
- private:
-  bool whole(int64_t m) const { return m < tiles / kTogether * kTogether; }
+  int64_t stride(int64_t m) const { return m < whole() ? 2 * kTogether : 2; }
+  TileStates from(int64_t wavelet) const { return {tiles, group, wavelet}; }
+  int64_t whole() const { return tiles / kTogether * kTogether; }
 };
 
-// Through M tiles with G wavelets: the states before each tile to `states`, the state after them to hr, hi.
-template <class A, int G, int M>
+// Forward in time: the states from x. Backward (kBack): the adjoint states from dy, M <- q^T M + sum_i (g q^(i+1))
+// dy_i, where dS = Re(M dh), and with them dx from M behind the tile: the same with the two rows of coefficients and
+// the order of time exchanged.
+enum Direction : bool { kAhead, kBack };
+
+// Through M tiles with G wavelets: the states the tiles are entered with to `states` (nullptr: not wanted), the state
+// after them to hr, hi.
+template <class A, Direction kWay, bool kKeep, int G, int M>
 __attribute__((always_inline)) inline void advance_tiles(const A* table, const A* x, Vec<A>* hr, Vec<A>* hi,
                                                          A* states) {
   constexpr int64_t W = kLanes<A>;
+  constexpr int64_t kFrom = kWay == kBack ? kLeave : kEnter;
   Vec<A> re[G][M], im[G][M];
   for (int g = 0; g < G; ++g) {
-    const Vec<A> in = load(table + (g * kRow + kEnter) * W);
+    const A* in = table + (g * kRow + kFrom) * W;
     for (int k = 0; k < M; ++k) {
-      re[g][k] = in * load(x + (k * kTile + kTile - 1) * W);
-      im[g][k] = Vec<A>{};
+      const Vec<A> input = load(x + (k * kTile + (kWay == kBack ? 0 : kTile - 1)) * W);
+      re[g][k] = load(in) * input;
+      im[g][k] = kWay == kBack ? load(in + W) * input : Vec<A>{};  // a is real
     }
   }
   for (int j = 1; j < kTile; ++j) {
     for (int g = 0; g < G; ++g) {
-      const Vec<A> in_re = load(table + (g * kRow + kEnter + 2 * j) * W);
-      const Vec<A> in_im = load(table + (g * kRow + kEnter + 2 * j + 1) * W);
+      const Vec<A> in_re = load(table + (g * kRow + kFrom + 2 * j) * W);
+      const Vec<A> in_im = load(table + (g * kRow + kFrom + 2 * j + 1) * W);
       for (int k = 0; k < M; ++k) {
-        const Vec<A> input = load(x + (k * kTile + kTile - 1 - j) * W);
+        const Vec<A> input = load(x + (k * kTile + (kWay == kBack ? j : kTile - 1 - j)) * W);
         re[g][k] = in_re * input + re[g][k];
         im[g][k] = in_im * input + im[g][k];
       }
     }
   }
-  for (int k = 0; k < M; ++k) {
+  for (int i = 0; i < M; ++i) {
+    const int k = kWay == kBack ? M - 1 - i : i;
     for (int g = 0; g < G; ++g) {
       const Vec<A> p_re = load(table + (g * kRow + kAdvance) * W);
       const Vec<A> p_im = load(table + (g * kRow + kAdvance + 1) * W);
-      store(states + (g * M + k) * 2 * W, hr[g]);
-      store(states + ((g * M + k) * 2 + 1) * W, hi[g]);
+      if constexpr (kKeep) {
+        store(states + (g * M + k) * 2 * W, hr[g]);
+        store(states + ((g * M + k) * 2 + 1) * W, hi[g]);
+      }
       const Vec<A> next = p_re * hr[g] + (re[g][k] - p_im * hi[g]);
       hi[g] = p_re * hi[g] + (p_im * hr[g] + im[g][k]);
       hr[g] = next;
@@ -136,21 +240,28 @@ __attribute__((always_inline)) inline void advance_tiles(const A* table, const A
   }
 }
 
-// G wavelets of the group, from wavelet i on, through a block.
-template <class A, int G>
-void advance_block(const A* table, const A* x, const TileStates& of, int64_t i, A* state, A* states) {
+// G wavelets, of.first and those behind it, through a block.
+template <class A, Direction kWay, bool kKeep, int G>
+void advance_block(const A* table, const A* x, const TileStates& of, A* state, A* states) {
   constexpr int64_t W = kLanes<A>;
   Vec<A> hr[G], hi[G];
   for (int g = 0; g < G; ++g) {
     hr[g] = load(state + 2 * g * W);
     hi[g] = load(state + (2 * g + 1) * W);
   }
-  int64_t m = 0;
-  for (; m + kTogether <= of.tiles; m += kTogether) {
-    advance_tiles<A, G, kTogether>(table, x + m * kTile * W, hr, hi, states + (of.at(m) + i * of.stride(m)) * W);
-  }
-  for (; m < of.tiles; ++m) {
-    advance_tiles<A, G, 1>(table, x + m * kTile * W, hr, hi, states + (of.at(m) + i * of.stride(m)) * W);
+  const int64_t whole = of.whole();
+  const auto together = [&](int64_t m) {
+    advance_tiles<A, kWay, kKeep, G, kTogether>(table, x + m * kTile * W, hr, hi, states + of.at(m) * W);
+  };
+  const auto single = [&](int64_t m) {
+    advance_tiles<A, kWay, kKeep, G, 1>(table, x + m * kTile * W, hr, hi, states + of.at(m) * W);
+  };
+  if constexpr (kWay == kBack) {
+    for (int64_t m = of.tiles; m-- > whole;) single(m);
+    for (int64_t m = whole; m > 0; m -= kTogether) together(m - kTogether);
+  } else {
+    for (int64_t m = 0; m < whole; m += kTogether) together(m);
+    for (int64_t m = whole; m < of.tiles; ++m) single(m);
   }
   for (int g = 0; g < G; ++g) {
     store(state + 2 * g * W, hr[g]);
@@ -160,7 +271,7 @@ void advance_block(const A* table, const A* x, const TileStates& of, int64_t i, 
 
 // The outputs kFirst .. kFirst + kOutputs - 1 of M tiles: the response to their own x (added to y where there is one
 // already) and to the states of `group` wavelets. Steps of y lie W, of out `step` elements apart.
-template <class A, int M, int kFirst, class T>
+template <class A, Direction kWay, int M, int kFirst, class T>
 inline void output_tiles(const A* response, const A* table, const A* x, const A* states, int64_t group, const A* y,
                          T* out, int64_t step) {
   constexpr int64_t W = kLanes<A>;
@@ -169,11 +280,12 @@ inline void output_tiles(const A* response, const A* table, const A* x, const A*
     for (int i = 0; i < kOutputs; ++i) {
       for (int k = 0; k < M; ++k) sum[i][k] = load(response) * load(x + (k * kTile + kFirst + i) * W);
     }
-    for (int j = 1; j < kFirst + kOutputs; ++j) {
+    for (int j = 1; j < kTile; ++j) {
       const Vec<A> k_j = load(response + j * W);
       for (int i = 0; i < kOutputs; ++i) {
-        if (kFirst + i < j) continue;
-        for (int k = 0; k < M; ++k) sum[i][k] = k_j * load(x + (k * kTile + kFirst + i - j) * W) + sum[i][k];
+        const int from = kFirst + (kWay == kBack ? i + j : i - j);
+        if (from < 0 || from >= kTile) continue;
+        for (int k = 0; k < M; ++k) sum[i][k] = k_j * load(x + (k * kTile + from) * W) + sum[i][k];
       }
     }
   } else {
@@ -181,7 +293,7 @@ inline void output_tiles(const A* response, const A* table, const A* x, const A*
       for (int k = 0; k < M; ++k) sum[i][k] = load(y + (k * kTile + kFirst + i) * W);
     }
   }
-  table += (kLeave + 2 * kFirst) * W;
+  table += (kWay == kBack ? kEnter + 2 * (kTile - 1 - kFirst) : kLeave + 2 * kFirst) * W;
   for (int64_t n = 0; n < group; ++n, table += kRow * W, states += 2 * M * W) {
     Vec<A> hr[M], hi[M];
     for (int k = 0; k < M; ++k) {
@@ -189,8 +301,8 @@ inline void output_tiles(const A* response, const A* table, const A* x, const A*
       hi[k] = load(states + (2 * k + 1) * W);
     }
     for (int i = 0; i < kOutputs; ++i) {
-      const Vec<A> re = load(table + 2 * i * W);
-      const Vec<A> im = load(table + (2 * i + 1) * W);
+      const A* pair = table + (kWay == kBack ? -2 * i : 2 * i) * W;
+      const Vec<A> re = load(pair), im = load(pair + W);
       for (int k = 0; k < M; ++k) {
         sum[i][k] = re * hr[k] + sum[i][k];
         sum[i][k] = sum[i][k] - im * hi[k];
@@ -202,18 +314,43 @@ inline void output_tiles(const A* response, const A* table, const A* x, const A*
   }
 }
 
+// Of all tiles of a block: to `sums` [steps, W], or to out, `step` elements from step to step, where that is given.
+// Calls after() now and then.
+template <class A, Direction kWay, class T, class After>
+inline void output_block(const A* response, const A* table, const A* x, const A* states, const TileStates& of, bool add,
+                         A* sums, T* out, int64_t step, After&& after) {
+  constexpr int64_t W = kLanes<A>;
+  const auto tiles = [&](auto together, int64_t m) {
+    constexpr int M = together.value;
+    const int64_t t = m * kTile;
+    const auto half = [&](auto first) {
+      const auto put = [&](auto* to, int64_t apart) {
+        output_tiles<A, kWay, M, first.value>(response, table, x + t * W, states + of.at(m) * W, of.group,
+                                              add ? sums + t * W : nullptr, to, apart);
+      };
+      if (out != nullptr) return put(out + t * step, step);
+      put(sums + t * W, W);
+    };
+    half(std::integral_constant<int, 0>{});
+    half(std::integral_constant<int, kOutputs>{});
+    after();
+  };
+  int64_t m = 0;
+  for (; m + kTogether <= of.tiles; m += kTogether) tiles(std::integral_constant<int, kTogether>{}, m);
+  for (; m < of.tiles; ++m) tiles(std::integral_constant<int, 1>{}, m);
+}
+
 // ---- the carry between blocks ----
 
 // The state between blocks is hi + lo, in A: `end` came of hi alone, with q^T rounded. H <- end + (q^K - E) hi + q^K
 // lo, so that neither rounding adds up over the blocks.
 template <class A>
-inline void carry(const A* table, const A* end, A* hi, A* lo) {
+inline void carry(const A* table, bool whole, const A* end, A* hi, A* lo) {
   constexpr int64_t W = kLanes<A>;
-  const Vec<A> end_re = load(end), end_im = load(end + W);
-  if constexpr (std::is_same_v<A, double>) {
-    store(hi, end_re);
-    store(hi + W, end_im);
+  if (std::is_same_v<A, double> || !whole) {
+    std::memcpy(hi, end, 2 * W * sizeof(A));
   } else {
+    const Vec<A> end_re = load(end), end_im = load(end + W);
     const Complex<Vec<A>> exact{load(table + kExact * W), load(table + (kExact + 1) * W)};
     const Complex<Vec<A>> drift{load(table + kDrift * W), load(table + (kDrift + 1) * W)};
     const Complex<Vec<A>> more =
