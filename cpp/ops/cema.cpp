@@ -45,6 +45,7 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
   if (rest != 0) std::memset(packed + steps * W, 0, (kTile - rest) * W * sizeof(A));
   next.each = ceil_div(next.rows, ceil_div(N, kKept) * ceil_div(tiles, kTogether));
   const bool direct = lanes == W && rest == 0;
+  respond<A, kAhead>(tables.response(d), packed, tiles, sums);
   for (int64_t n = 0; n < N; n += kKept) {
     const TileStates of{tiles, N - n < kKept ? N - n : kKept};
     for_wavelets<kPaired>(of.group, [&](auto paired, int64_t i) {
@@ -63,8 +64,8 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
         }
       }
     });
-    output_block<A, kAhead>(tables.response(d), tables.row(d, n), packed, states, of, n > 0, sums,
-                            direct && n + of.group == N ? y : nullptr, args.D, [&] { next.fetch(); });
+    output_block<A, kAhead>(tables.row(d, n), states, of, sums, direct && n + of.group == N ? y : nullptr, args.D,
+                            [&] { next.fetch(); });
   }
   if (!direct) unpack(sums, args.D, lanes, steps, y);
 }

@@ -81,6 +81,7 @@ void backward_block(const CemaBackward& args, const TileTables<stat_t<T>>& table
   pack(x_rows, args.D, lanes, steps, x);
   pack(dy_rows, args.D, lanes, steps, dy);
   next.each = ceil_div(next.rows, ceil_div(N, kKept) * ceil_div(tiles, kTogether));
+  respond<A, kBack>(tables.response(d), dy, tiles, dx);
   for (int64_t n = 0; n < N; n += kKept) {
     const TileStates of{tiles, N - n < kKept ? N - n : kKept};
     for_wavelets<kPaired>(of.group, [&](auto paired, int64_t i) {
@@ -96,8 +97,8 @@ void backward_block(const CemaBackward& args, const TileTables<stat_t<T>>& table
       }
       add_products<A, G>(table, tables.powers_of(d, n + i), x, dy, h, M, of, i, scratch.sums_of(d, n + i));
     });
-    output_block<A, kBack>(tables.response(d), tables.row(d, n), dy, M, of, n > 0, dx,
-                           lanes == W && n + of.group == N ? dx_rows : nullptr, args.D, [&] { next.fetch(); });
+    output_block<A, kBack>(tables.row(d, n), M, of, dx, lanes == W && n + of.group == N ? dx_rows : nullptr, args.D,
+                           [&] { next.fetch(); });
   }
   add_lags(x, dy, tiles, scratch.channels_of(d));
   if (lanes < W) unpack(dx, args.D, lanes, steps, dx_rows);

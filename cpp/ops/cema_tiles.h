@@ -269,29 +269,33 @@ void advance_block(const A* table, const A* x, const TileStates& of, A* state, A
   }
 }
 
-// The outputs kFirst .. kFirst + kOutputs - 1 of M tiles: the response to their own x (added to y where there is one
-// already) and to the states of `group` wavelets. Steps of y lie W, of out `step` elements apart.
-template <class A, Direction kWay, int M, int kFirst, class T>
-inline void output_tiles(const A* response, const A* table, const A* x, const A* states, int64_t group, const A* y,
-                         T* out, int64_t step) {
+// What the tiles' own x gives to their outputs.
+template <class A, Direction kWay>
+void respond(const A* response, const A* x, int64_t tiles, A* sums) {
   constexpr int64_t W = kLanes<A>;
-  Vec<A> sum[kOutputs][M];
-  if (y == nullptr) {
-    for (int i = 0; i < kOutputs; ++i) {
-      for (int k = 0; k < M; ++k) sum[i][k] = load(response) * load(x + (k * kTile + kFirst + i) * W);
-    }
-    for (int j = 1; j < kTile; ++j) {
+  for (int64_t m = 0; m < tiles; ++m, x += kTile * W, sums += kTile * W) {
+    Vec<A> sum[kTile] = {};
+#pragma GCC unroll 8
+    for (int j = 0; j < kTile; ++j) {
       const Vec<A> k_j = load(response + j * W);
-      for (int i = 0; i < kOutputs; ++i) {
-        const int from = kFirst + (kWay == kBack ? i + j : i - j);
-        if (from < 0 || from >= kTile) continue;
-        for (int k = 0; k < M; ++k) sum[i][k] = k_j * load(x + (k * kTile + from) * W) + sum[i][k];
+#pragma GCC unroll 8
+      for (int i = j; i < kTile; ++i) {
+        const int to = kWay == kBack ? kTile - 1 - i : i, from = kWay == kBack ? to + j : to - j;
+        sum[to] = k_j * load(x + from * W) + sum[to];
       }
     }
-  } else {
-    for (int i = 0; i < kOutputs; ++i) {
-      for (int k = 0; k < M; ++k) sum[i][k] = load(y + (k * kTile + kFirst + i) * W);
-    }
+    for (int i = 0; i < kTile; ++i) store(sums + i * W, sum[i]);
+  }
+}
+
+// The outputs kFirst .. kFirst + kOutputs - 1 of M tiles: what the states of `group` wavelets add to y. Steps of y lie
+// W, of out `step` elements apart.
+template <class A, Direction kWay, int M, int kFirst, class T>
+inline void output_tiles(const A* table, const A* states, int64_t group, const A* y, T* out, int64_t step) {
+  constexpr int64_t W = kLanes<A>;
+  Vec<A> sum[kOutputs][M];
+  for (int i = 0; i < kOutputs; ++i) {
+    for (int k = 0; k < M; ++k) sum[i][k] = load(y + (k * kTile + kFirst + i) * W);
   }
   table += (kWay == kBack ? kEnter + 2 * (kTile - 1 - kFirst) : kLeave + 2 * kFirst) * W;
   for (int64_t n = 0; n < group; ++n, table += kRow * W, states += 2 * M * W) {
@@ -314,25 +318,25 @@ inline void output_tiles(const A* response, const A* table, const A* x, const A*
   }
 }
 
-// Of all tiles of a block: to `sums` [steps, W], or to out, `step` elements from step to step, where that is given.
-// Calls after() now and then.
+// Of all tiles of a block, from sums [steps, W] to the same, or to out, `step` elements from step to step, where that
+// is given. Calls after() now and then.
 template <class A, Direction kWay, class T, class After>
-inline void output_block(const A* response, const A* table, const A* x, const A* states, const TileStates& of, bool add,
-                         A* sums, T* out, int64_t step, After&& after) {
+inline void output_block(const A* table, const A* states, const TileStates& of, A* sums, T* out, int64_t step,
+                         After&& after) {
   constexpr int64_t W = kLanes<A>;
   const auto tiles = [&](auto together, int64_t m) {
     constexpr int M = together.value;
-    const int64_t t = m * kTile;
-    const auto half = [&](auto first) {
-      const auto put = [&](auto* to, int64_t apart) {
-        output_tiles<A, kWay, M, first.value>(response, table, x + t * W, states + of.at(m) * W, of.group,
-                                              add ? sums + t * W : nullptr, to, apart);
-      };
-      if (out != nullptr) return put(out + t * step, step);
-      put(sums + t * W, W);
+    const A* from = states + of.at(m) * W;
+    A* y = sums + m * kTile * W;
+    const auto put = [&](auto* to, int64_t apart) {
+      output_tiles<A, kWay, M, 0>(table, from, of.group, y, to, apart);
+      output_tiles<A, kWay, M, kOutputs>(table, from, of.group, y, to, apart);
     };
-    half(std::integral_constant<int, 0>{});
-    half(std::integral_constant<int, kOutputs>{});
+    if (out != nullptr) {
+      put(out + m * kTile * step, step);
+    } else {
+      put(y, W);
+    }
     after();
   };
   int64_t m = 0;
