@@ -44,7 +44,7 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
   pack(x, args.D, lanes, steps, packed);
   if (rest != 0) std::memset(packed + steps * W, 0, (kTile - rest) * W * sizeof(A));
   next.each = ceil_div(next.rows, ceil_div(N, kKept) * ceil_div(tiles, kTogether));
-  const bool direct = lanes == W && rest == 0;
+  const bool direct = lanes == W && rest == 0, past = next.out == nullptr;
   respond<A, kAhead>(tables.response(d), packed, tiles, sums);
   for (int64_t n = 0; n < N; n += kKept) {
     const TileStates of{tiles, N - n < kKept ? N - n : kKept};
@@ -64,7 +64,7 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
         }
       }
     });
-    output_block<A, kAhead>(tables.row(d, n), states, of, sums, direct && n + of.group == N ? y : nullptr, args.D,
+    output_block<A, kAhead>(tables.row(d, n), states, of, sums, direct && n + of.group == N ? y : nullptr, args.D, past,
                             [&] { next.fetch(); });
   }
   if (!direct) unpack(sums, args.D, lanes, steps, y);
@@ -84,13 +84,17 @@ void forward_row(const CemaForward& args, const TileTables<stat_t<T>>& tables, i
     if (args.h0 == nullptr) continue;
     for_state(args, b, d, state.hi, [&](int64_t i, A& h) { h = static_cast<const A*>(args.h0)[i]; });
   }
+  const bool past = goes_past_caches(args, y);
   for (int64_t t = 0; t < args.L; t += K) {
     const int64_t left = args.L - t, steps = left < K ? left : K;
     for (int64_t d = d0; d < d1; d += W) {
       const int64_t row = (b * args.L + t) * args.D + d;
       const bool turn = d + W >= d1;  // the next block is the first channels', later
       const int64_t later = turn ? row + K * args.D + d0 - d : row + W;
-      const Next<T> next{x + later, y + later, args.D, !turn ? steps : left - K < K ? left - K : K, 0};
+      const Next<T> next{x + later, nullptr, past ? nullptr : y + later, args.D,
+                         !turn          ? steps
+                         : left - K < K ? left - K
+                                        : K};
       forward_block<T>(args, tables, steps, d, x + row, y + row, State<A>(states, d, args.N), next);
     }
   }
@@ -115,6 +119,7 @@ void forward(const CemaForward& args) {
         }
       });
     });
+    finish_puts();
   });
 }
 

@@ -29,7 +29,7 @@ struct CemaShape {
 
   static constexpr int64_t kColumn = 16;               // channels worked on together, padded with zeros at the end of D
   static constexpr int64_t kBlock = 128;               // steps of a time block
-  static constexpr int64_t kStaged = 16;               // columns packed at a time
+  static constexpr int64_t kStaged = 4;                // columns packed at a time
   static constexpr int64_t kTile = 8;                  // steps of a tile of a block, forward
   static constexpr int64_t kTableRow = 4 * kTile + 6;  // numbers per wavelet in the table of coefficients
   static constexpr int64_t kSums = 11, kChannelSums = kTile + 1;  // of gradients, per wavelet and per channel

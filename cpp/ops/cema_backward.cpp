@@ -49,11 +49,12 @@ struct Scratch {
 // Keeps the state at the block's start and, where somebody will want it, advances it to the end.
 template <class T>
 void checkpoint_block(const CemaBackward& args, const TileTables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
-                      int64_t block, int64_t steps, bool advance, int64_t d, const T* x) {
+                      int64_t block, int64_t steps, bool advance, int64_t d, const T* x, Next<T> next) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
   alignas(64) A packed[K * W];
   if (advance) pack(x, args.D, args.D - d, steps, packed);
+  next.each = ceil_div(next.rows, ceil_div(args.N, kPaired));
   for_wavelets<kPaired>(args.N, [&](auto paired, int64_t n) {
     constexpr int G = paired.value;
     A* kept = scratch.checkpoint(block, d, n);
@@ -62,6 +63,7 @@ void checkpoint_block(const CemaBackward& args, const TileTables<stat_t<T>>& tab
     if (!advance) return;
     std::memcpy(end, kept, sizeof end);
     advance_block<A, kAhead, false, G>(tables.row(d, n), packed, {steps / kTile, G}, end, nullptr);
+    next.fetch();
     for (int g = 0; g < G; ++g) {
       carry(tables.row(d, n + g), steps == K, end + 2 * g * W, scratch.hi(d, n + g), scratch.lo(d, n + g));
     }
@@ -98,7 +100,7 @@ void backward_block(const CemaBackward& args, const TileTables<stat_t<T>>& table
       add_products<A, G>(table, tables.powers_of(d, n + i), x, dy, h, M, of, i, scratch.sums_of(d, n + i));
     });
     output_block<A, kBack>(tables.row(d, n), M, of, dx, lanes == W && n + of.group == N ? dx_rows : nullptr, args.D,
-                           [&] { next.fetch(); });
+                           next.out == nullptr, [&] { next.fetch(); });
   }
   add_lags(x, dy, tiles, scratch.channels_of(d));
   if (lanes < W) unpack(dx, args.D, lanes, steps, dx_rows);
@@ -175,6 +177,7 @@ void backward_row(const CemaBackward& args, const TileTables<stat_t<T>>& tables,
   const auto* x = static_cast<const T*>(args.x);
   const auto* dy = static_cast<const T*>(args.dy);
   auto* dx = static_cast<T*>(args.dx);
+  const bool past = goes_past_caches(args, dx);
   const auto for_block = [&](int64_t block, auto&& body) {
     const int64_t steps = whole - block * K < K ? whole - block * K : K;
     for (int64_t d = d0; d < d1; d += W) body(d, (b * args.L + block * K) * args.D + d, steps);
@@ -187,7 +190,10 @@ void backward_row(const CemaBackward& args, const TileTables<stat_t<T>>& tables,
   }
   for (int64_t block = 0; block < blocks; ++block) {
     for_block(block, [&](int64_t d, int64_t row, int64_t steps) {
-      checkpoint_block<T>(args, tables, scratch, block, steps, rest > 0 || block + 1 < blocks, d, x + row);
+      const bool turn = d + W >= d1;
+      const T* later = x + (turn ? row + K * args.D + d0 - d : row + W);
+      const Next<T> next{later, nullptr, nullptr, args.D, !turn ? steps : block + 2 < blocks ? K : 0};
+      checkpoint_block<T>(args, tables, scratch, block, steps, rest > 0 || block + 1 < blocks, d, x + row, next);
     });
   }
   for (int64_t d = d0; d < d1; d += W) {
@@ -208,7 +214,7 @@ void backward_row(const CemaBackward& args, const TileTables<stat_t<T>>& tables,
     for_block(block, [&](int64_t d, int64_t row, int64_t steps) {
       const bool turn = d + W >= d1;
       const int64_t later = turn ? row - K * args.D + d0 - d : row + W;
-      const Next<T> next{dy + later, dx + later, args.D, !turn ? steps : block > 0 ? K : 0, 0};
+      const Next<T> next{x + later, dy + later, past ? nullptr : dx + later, args.D, !turn ? steps : block > 0 ? K : 0};
       backward_block<T>(args, tables, scratch, block, steps, d, x + row, dy + row, dx + row, next);
     });
   }
@@ -293,6 +299,7 @@ void backward(const CemaBackward& args) {
         }
       });
     });
+    finish_puts();
   });
   parallel_for(args.columns(), 1 + 64 / (CemaShape::kColumn * args.N), [&](int64_t begin, int64_t end) {
     for (int64_t d = begin * CemaShape::kColumn; d < end * CemaShape::kColumn && d < args.D; d += kDoubles) {

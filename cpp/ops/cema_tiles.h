@@ -88,20 +88,56 @@ inline void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t st
 }
 
 // Where the next block's rows lie, fetched while this one is worked on: they are D elements apart, which the hardware
-// does not foresee. What is read goes to L2, what is written (`out`) to L1.
+// does not foresee. What is read goes to L2, what is written to L1.
 template <class T>
 struct Next {
-  const T* in;
+  const T *first, *second;  // second and out: nullptr where there is nothing
   T* out;
-  int64_t D, rows, each;
+  int64_t D, rows, each = 0;
 
   void fetch() {
-    for (int64_t i = 0; i < each && rows > 0; ++i, --rows, in += D, out += D) {
-      __builtin_prefetch(in, 0, 2);
-      __builtin_prefetch(out, 1);
+    for (int64_t i = 0; i < each && rows > 0; ++i, --rows) {
+      __builtin_prefetch(first, 0, 2);
+      first += D;
+      if (second != nullptr) {
+        __builtin_prefetch(second, 0, 2);
+        second += D;
+      }
+      if (out != nullptr) {
+        __builtin_prefetch(out, 1);
+        out += D;
+      }
     }
   }
 };
+
+// Whether outputs go past the caches: lines that are written whole, of more than the caches hold. Otherwise each would
+// be read before it is written, and put out what is in use.
+template <class T>
+bool goes_past_caches(const CemaShape& shape, const T* out) {
+  constexpr int64_t kLine = 64, kLeast = int64_t{4} << 20;
+#if defined(__AVX512F__)
+  const int64_t row = shape.D * static_cast<int64_t>(sizeof(T));
+  return sizeof(T) == sizeof(stat_t<T>) && shape.B * shape.L * row >= kLeast && row % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(out) % kLine == 0;
+#else
+  return false;
+#endif
+}
+template <bool kPast, class T>
+inline void put(T* p, Vec<stat_t<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (kPast && sizeof(T) == sizeof(stat_t<T>)) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+  }
+#endif
+  store(p, v);
+}
+inline void finish_puts() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 
 // ---- tables ----
 
@@ -290,7 +326,7 @@ void respond(const A* response, const A* x, int64_t tiles, A* sums) {
 
 // The outputs kFirst .. kFirst + kOutputs - 1 of M tiles: what the states of `group` wavelets add to y. Steps of y lie
 // W, of out `step` elements apart.
-template <class A, Direction kWay, int M, int kFirst, class T>
+template <class A, Direction kWay, bool kPast, int M, int kFirst, class T>
 inline void output_tiles(const A* table, const A* states, int64_t group, const A* y, T* out, int64_t step) {
   constexpr int64_t W = kLanes<A>;
   Vec<A> sum[kOutputs][M];
@@ -314,7 +350,7 @@ inline void output_tiles(const A* table, const A* states, int64_t group, const A
     }
   }
   for (int i = 0; i < kOutputs; ++i) {
-    for (int k = 0; k < M; ++k) store(out + (k * kTile + kFirst + i) * step, sum[i][k]);
+    for (int k = 0; k < M; ++k) put<kPast>(out + (k * kTile + kFirst + i) * step, sum[i][k]);
   }
 }
 
@@ -322,20 +358,22 @@ inline void output_tiles(const A* table, const A* states, int64_t group, const A
 // is given. Calls after() now and then.
 template <class A, Direction kWay, class T, class After>
 inline void output_block(const A* table, const A* states, const TileStates& of, A* sums, T* out, int64_t step,
-                         After&& after) {
+                         bool past, After&& after) {
   constexpr int64_t W = kLanes<A>;
   const auto tiles = [&](auto together, int64_t m) {
     constexpr int M = together.value;
     const A* from = states + of.at(m) * W;
     A* y = sums + m * kTile * W;
-    const auto put = [&](auto* to, int64_t apart) {
-      output_tiles<A, kWay, M, 0>(table, from, of.group, y, to, apart);
-      output_tiles<A, kWay, M, kOutputs>(table, from, of.group, y, to, apart);
+    const auto go = [&](auto kPast, auto* to, int64_t apart) {
+      output_tiles<A, kWay, kPast.value, M, 0>(table, from, of.group, y, to, apart);
+      output_tiles<A, kWay, kPast.value, M, kOutputs>(table, from, of.group, y, to, apart);
     };
-    if (out != nullptr) {
-      put(out + m * kTile * step, step);
+    if (out == nullptr) {
+      go(std::false_type{}, y, W);
+    } else if (past) {
+      go(std::true_type{}, out + m * kTile * step, step);
     } else {
-      put(y, W);
+      go(std::false_type{}, out + m * kTile * step, step);
     }
     after();
   };
