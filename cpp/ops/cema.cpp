@@ -84,7 +84,7 @@ void forward_row(const CemaForward& args, const TileTables<stat_t<T>>& tables, i
     if (args.h0 == nullptr) continue;
     for_state(args, b, d, state.hi, [&](int64_t i, A& h) { h = static_cast<const A*>(args.h0)[i]; });
   }
-  const bool past = goes_past_caches(args, y);
+  const bool past = goes_past_caches(args.B * args.L * args.D, args.D, y);
   for (int64_t t = 0; t < args.L; t += K) {
     const int64_t left = args.L - t, steps = left < K ? left : K;
     for (int64_t d = d0; d < d1; d += W) {

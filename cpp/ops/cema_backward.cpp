@@ -177,7 +177,7 @@ void backward_row(const CemaBackward& args, const TileTables<stat_t<T>>& tables,
   const auto* x = static_cast<const T*>(args.x);
   const auto* dy = static_cast<const T*>(args.dy);
   auto* dx = static_cast<T*>(args.dx);
-  const bool past = goes_past_caches(args, dx);
+  const bool past = goes_past_caches(args.B * args.L * args.D, args.D, dx);
   const auto for_block = [&](int64_t block, auto&& body) {
     const int64_t steps = whole - block * K < K ? whole - block * K : K;
     for (int64_t d = d0; d < d1; d += W) body(d, (b * args.L + block * K) * args.D + d, steps);

@@ -111,16 +111,16 @@ struct Next {
   }
 };
 
-// Whether outputs go past the caches: lines that are written whole, of more than the caches hold. Otherwise each would
-// be read before it is written, and put out what is in use.
+// Whether `count` outputs, in rows, go past the caches: lines that are written whole, of more than the caches hold.
+// Otherwise each would be read before it is written, and put out what is in use.
 template <class T>
-bool goes_past_caches(const CemaShape& shape, const T* out) {
-  constexpr int64_t kLine = 64, kLeast = int64_t{4} << 20;
+bool goes_past_caches(int64_t count, int64_t row, const T* out) {
 #if defined(__AVX512F__)
-  const int64_t row = shape.D * static_cast<int64_t>(sizeof(T));
-  return sizeof(T) == sizeof(stat_t<T>) && shape.B * shape.L * row >= kLeast && row % kLine == 0 &&
+  constexpr int64_t kLine = 64, kLeastBytes = int64_t{4} << 20, kSize = sizeof(T);
+  return kSize == sizeof(stat_t<T>) && count * kSize >= kLeastBytes && row * kSize % kLine == 0 &&
          reinterpret_cast<uintptr_t>(out) % kLine == 0;
 #else
+  (void)count, (void)row, (void)out;
   return false;
 #endif
 }
