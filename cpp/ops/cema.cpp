@@ -1,20 +1,20 @@
 // cema on the CPU, by the recurrence ("scan").
 //
-// Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h); equation
+// Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t (ops/cema.h); equation
 //           (2) of arXiv 2404.08801 as the released code has it.
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
-// Mapping   a task is a part of the batch and a range of columns (16 channels, one or more vectors). It walks time in
-//           blocks, and in each block all its columns, so that memory is read in order: some columns at a time are
-//           packed, groups of wavelets, whole in registers, run over each vector, and the result is unpacked. The
-//           backward pass keeps the state at every block's start, then goes through the blocks from the last,
-//           recomputing a group's states into L1.
-// Traffic   forward 2 elements moved and 6 N FMA per element; backward 5 elements and 22 N FMA: compute-bound.
-// Numerics  coefficients from the raw parameters in float64. Inside a block the scan's type (float32, or float64 for
-//           float64 x); between blocks the state is float64 and what was carried in is advanced by q^T in float64, so
-//           that the rounding of q does not add up over L. Gradients of parameters: float32 sums over a block, float64
-//           over blocks and rows, in a fixed order. Subnormal numbers count as zeros (core/subnormals.h).
-//           A forward pass of a few steps, as in decoding, runs over the wavelets of a channel instead (cema_short.h).
-// Limits    none on B, L, D; N >= 1. sigmoid(alpha) below 1e-20 counts as 1e-20 in the scan.
+// Mapping   a task is a part of the batch and a range of columns (16 channels, one or more vectors). It takes a few
+//           columns at a time through time, in blocks of 128 steps, and in each block column after column, so that
+//           memory is read in order, the tables stay in L2 and a block in L1. A block is 16 tiles, worked on as small
+//           products, several tiles and wavelets in registers (cema_tiles.h). What the next block reads is fetched
+//           meanwhile; outputs larger than the caches go past them.
+// Traffic   2 elements moved and 4 N + 4 N / T + (T + 1) / 2 FMA per element, T = 8: 76 at N = 16, compute-bound.
+// Numerics  coefficients from the raw parameters in float64, rounded once. Inside a block the scan's type (float32, or
+//           float64 for float64 x); between blocks a float32 state is a sum of two numbers, and what was carried in is
+//           corrected for the rounding of q^T, so that it does not add up over L. Subnormal numbers count as zeros
+//           (core/subnormals.h). A forward pass of a few steps, as in decoding, runs over the wavelets of a channel
+//           instead (cema_short.h). The backward pass is in cema_backward.cpp.
+// Limits    none on B, L, D; N >= 1.
 #include "ops/cema.h"
 
 #include "ops/cema_short.h"

@@ -93,15 +93,12 @@ struct CemaCudaPlan {
 constexpr int64_t kCemaCudaShortSteps = 16;
 constexpr int64_t kCemaCudaShortWavelets = 64;
 
-// What auto means, by measurement: float32, one thread, D = 256, the least time of 7 to 9 rounds run in turn on a busy
-// machine. Backward, only cells where the scan repeats itself to 15% count.
-//   forward   the scan. fft / scan is 1.3 to 2.9 at N = 16 (L 256 to 4096). From N = 24 on it is 0.5 to 1.9 where the
-//             wavelets have decayed and 1.3 to 2.7 where they last, which the shape does not tell.
-//   backward  without states, the transforms: 0.24 to 0.94 at N = 16 in all such cells (L 256 to 4096, AVX2 and
-//   AVX-512,
-//             decayed and lasting), less at larger N; 1.2 to 1.4 at L = 64, and at N = 8 on either side of 1.
-//             With dh or h0, the scan: the sums from and to the states cost 4 N to 8 N more, and the ratio is between
-//             0.2 and 5 with the decay, L and the instruction set.
+// What auto means, by measurement: float32, one thread, AVX-512 with one FMA unit of that width, D = 128 to 512.
+//   forward   the scan, which gives the last state without further cost: 20, 59, 99 and 149 cycles for 16 elements at
+//             N = 1, 8, 16 and 24, where two transforms and the sums for the state take about 150.
+//   backward  without states, the transforms from N = 16 on: fft / scan is 0.55 to 0.87 at N = 16 (L 256 to 16384, B 2
+//             and 8) and 0.64 at N = 24, but 1.13 to 1.20 at N = 8 and 2.8 at N = 1. With dh or h0, the scan: the sums
+//             from and to the states cost 4 N to 8 N more.
 constexpr int64_t kFftBackwardWavelets = 16;
 constexpr int64_t kFftBackwardSteps = 256;
 
