@@ -108,18 +108,11 @@ void forward(const CemaForward& args) {
   using A = stat_t<T>;
   TileTables<A> tables;
   A* states = tables.place(args.workspace, args, false);
-  tables.make(args);
   const Parts parts = args.parts();
-  parallel_for(parts.parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
-    for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
-      for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
-        for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
-          forward_row<T>(args, tables, b, d0, d1, states + part * args.wavelets() * 4);
-        }
-      });
-    });
-    finish_puts();
+  with_tables<A>(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const TileTables<A>& own) {
+    for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
+      forward_row<T>(args, own, b, d0, d1, states + part * args.wavelets() * 4);
+    }
   });
 }
 

@@ -284,22 +284,13 @@ void backward(const CemaBackward& args) {
   using A = stat_t<T>;
   TileTables<A> tables;
   A* memory = tables.place(args.workspace, args, true);
-  tables.make(args);
   const Parts parts = args.parts();
-  parallel_for(parts.parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
-    for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
-      const Scratch<A> scratch(memory, args, part);
-      const int64_t from = first * CemaShape::kColumn, channels = (last - first) * CemaShape::kColumn;
-      std::memset(scratch.sums_of(from, 0), 0, channels * args.N * kSums * sizeof(double));
-      std::memset(scratch.channels_of(from), 0, channels * kChannelSums * sizeof(double));
-      for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
-        for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
-          backward_row<T>(args, tables, scratch, b, d0, d1);
-        }
-      });
-    });
-    finish_puts();
+  with_tables<A>(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const TileTables<A>& own) {
+    const Scratch<A> scratch(memory, args, part);
+    const int64_t channels = round_up(d1 - d0, CemaShape::kColumn);
+    std::memset(scratch.sums_of(d0, 0), 0, channels * args.N * kSums * sizeof(double));
+    std::memset(scratch.channels_of(d0), 0, channels * kChannelSums * sizeof(double));
+    for (int64_t b = parts.begin(part); b < parts.end(part); ++b) backward_row<T>(args, own, scratch, b, d0, d1);
   });
   parallel_for(args.columns(), 1 + 64 / (CemaShape::kColumn * args.N), [&](int64_t begin, int64_t end) {
     for (int64_t d = begin * CemaShape::kColumn; d < end * CemaShape::kColumn && d < args.D; d += kDoubles) {

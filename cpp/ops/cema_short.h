@@ -13,10 +13,13 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-constexpr int64_t kShortSteps = 16;
+constexpr int64_t kShortSteps = 32;
 constexpr int64_t kShortWavelets = 64;
 
-static inline bool is_short(const CemaForward& args) { return args.L <= kShortSteps && args.N <= kShortWavelets; }
+// The tables of tiles cost as much as about 32 steps here; a step here costs 4 times as much as in a whole tile.
+static inline bool is_short(const CemaForward& args) {
+  return args.N <= kShortWavelets && args.L <= kShortSteps && (args.L <= 4 || args.B * args.L <= kShortSteps);
+}
 
 template <class A>
 using VecIndex = std::conditional_t<std::is_same_v<A, double>, VecI64, VecI32>;

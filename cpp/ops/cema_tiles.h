@@ -41,6 +41,7 @@ struct TileTables {
   double* wide;  // [vectors of channels, N, 2, lanes]: q
   A* powers;     // [vectors of channels, N, T - 1, 2, lanes]: q^1 .. q^(T-1), for the backward pass alone
   int64_t N;
+  int64_t base = 0;  // the channel whose row is the first
 
   // Takes its room from the workspace and gives what follows.
   A* place(void* workspace, const CemaShape& shape, bool backward) {
@@ -52,22 +53,21 @@ struct TileTables {
     return backward ? rest + shape.wavelets() * 2 * (kTile - 1) : rest;
   }
   // Of the vector of channels from d on.
-  A* response(int64_t d) const { return narrow + d * (kTile + N * kRow); }
+  A* response(int64_t d) const { return narrow + (d - base) * (kTile + N * kRow); }
   A* row(int64_t d, int64_t n) const { return response(d) + (kTile + n * kRow) * kLanes<A>; }
-  A* powers_of(int64_t d, int64_t n) const { return powers + (d * N + n * kLanes<A>)*2 * (kTile - 1); }
-  double* exact_q(int64_t d, int64_t n) const { return wide + (d * N + n * kLanes<A>)*2; }
+  A* powers_of(int64_t d, int64_t n) const { return powers + ((d - base) * N + n * kLanes<A>)*2 * (kTile - 1); }
+  double* exact_q(int64_t d, int64_t n) const { return wide + ((d - base) * N + n * kLanes<A>)*2; }
 
+  // Of the channels [d0, d1).
   template <class Args>
-  void make(const Args& args) const {
+  void make(const Args& args, int64_t d0, int64_t d1) const {
     const Parameters<A> parameters = Parameters<A>::of(args);
     const int64_t steps = args.L >= CemaShape::kBlock ? CemaShape::kBlock : 0;
-    parallel_for(args.columns(), 1 + 64 / (CemaShape::kColumn * N), [&](int64_t begin, int64_t end) {
-      for (int64_t d = begin * CemaShape::kColumn; d < end * CemaShape::kColumn && d < args.D; d += kLanes<A>) {
-        for (int64_t i = 0; i < kLanes<A>; i += kDoubles) {
-          make_lanes(parameters, static_cast<const A*>(args.omega), d, i, steps);
-        }
+    for (int64_t d = d0; d < d1; d += kLanes<A>) {
+      for (int64_t i = 0; i < kLanes<A>; i += kDoubles) {
+        make_lanes(parameters, static_cast<const A*>(args.omega), d, i, steps);
       }
-    });
+    }
   }
 
  private:
@@ -104,6 +104,35 @@ struct TileTables {
     for (int64_t j = 0; j < kTile; ++j) store_wide(response(d) + j * W + i, response_of[j]);
   }
 };
+
+// Calls body(part, d0, d1, tables) for all parts of the batch and stages of columns, in parallel. A stage makes its
+// tables where those of its task's first stage were, so that they stay in L2; where the batch has parts, which share
+// tables, all are made first.
+template <class A, class Args, class Body>
+void with_tables(const Args& args, TileTables<A> tables, Body&& body) {
+  constexpr int64_t kColumn = CemaShape::kColumn;
+  const int64_t parts = args.parts().parts;
+  if (parts > 1) {
+    parallel_for(args.columns(), 1 + 64 / (kColumn * args.N), [&](int64_t begin, int64_t end) {
+      const FlushSubnormals flush;
+      tables.make(args, begin * kColumn, end * kColumn < args.D ? end * kColumn : args.D);
+    });
+  }
+  parallel_for(parts * args.columns(), 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
+      for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
+        TileTables<A> own = tables;
+        if (parts == 1) {
+          own.base = d0 - first * kColumn;
+          own.make(args, d0, d1);
+        }
+        body(part, d0, d1, own);
+      });
+    });
+    finish_puts();
+  });
+}
 
 // ---- one time block ----
 
