@@ -66,11 +66,21 @@ def test_any_shape(
     check_gradients(OP, args)
 
 
-@pytest.mark.parametrize("L", [63, 64, 65, 127, 128, 129, 130, 257, 372, 784])
+@pytest.mark.parametrize("L", [17, 23, 31, 32, 63, 64, 65, 127, 128, 129, 130, 257, 372, 784])
 def test_lengths_around_the_blocks(isa: str, L: int) -> None:
     args = arguments(F32, 2, L, 5, 3, True)
     check_forward(OP, args)
     check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("L", [512, 1003])
+def test_one_wavelet(isa: str, L: int, dtype: torch.dtype) -> None:
+    """Whose gradients are sums of like terms, where the rounding of a long sum would show."""
+    for B, D in ((1, 8), (2, 24)):
+        args = arguments(dtype, B, L, D, 1, False)
+        check_forward(OP, args)
+        check_gradients(OP, args)
 
 
 @pytest.mark.parametrize(

@@ -28,21 +28,19 @@ enum class CemaAlgorithm : int32_t { kScan, kFft };
 struct CemaShape {
   int64_t B, L, D, N;
 
-  static constexpr int64_t kColumn = 16;    // channels worked on together, padded with zeros at the end of D
-  static constexpr int64_t kForward = 128;  // steps of a time block
-  static constexpr int64_t kBackward = 64;
-  static constexpr int64_t kStaged = 16;  // columns packed at a time
+  static constexpr int64_t kColumn = 16;               // channels worked on together, padded with zeros at the end of D
+  static constexpr int64_t kBlock = 128;               // steps of a time block
+  static constexpr int64_t kStaged = 4;                // columns packed at a time
+  static constexpr int64_t kTile = 8;                  // steps of a tile of a block, forward
+  static constexpr int64_t kTableRow = 4 * kTile + 6;  // numbers per wavelet in the table of coefficients
+  static constexpr int64_t kSums = 11, kChannelSums = kTile + 1;  // of gradients, per wavelet and per channel
 
   int64_t columns() const { return (D + kColumn - 1) / kColumn; }
-  int64_t blocks() const { return (L + kBackward - 1) / kBackward; }
+  int64_t blocks() const { return (L + kBlock - 1) / kBlock; }
   // Rows of the batch one task walks through, one after the other: few columns need more tasks to occupy the threads.
   Parts parts() const {
     const int64_t wanted = columns() > 0 ? (Parts::kMaxParts + columns() - 1) / columns() : 1;
     return {B, wanted < B ? wanted : B > 0 ? B : 1};
-  }
-  // Bytes of packed copies of one step more than a time block's, for `arrays` arrays.
-  int64_t packed_bytes(DType dtype, int64_t steps, int64_t arrays) const {
-    return parts().parts * columns() * kColumn * (steps + 1) * arrays * size_of(stat_dtype(dtype));
   }
   int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
 
@@ -96,15 +94,12 @@ struct CemaCudaPlan {
 constexpr int64_t kCemaCudaShortSteps = 16;
 constexpr int64_t kCemaCudaShortWavelets = 64;
 
-// What auto means, by measurement: float32, one thread, D = 256, the least time of 7 to 9 rounds run in turn on a busy
-// machine. Backward, only cells where the scan repeats itself to 15% count.
-//   forward   the scan. fft / scan is 1.3 to 2.9 at N = 16 (L 256 to 4096). From N = 24 on it is 0.5 to 1.9 where the
-//             wavelets have decayed and 1.3 to 2.7 where they last, which the shape does not tell.
-//   backward  without states, the transforms: 0.24 to 0.94 at N = 16 in all such cells (L 256 to 4096, AVX2 and
-//   AVX-512,
-//             decayed and lasting), less at larger N; 1.2 to 1.4 at L = 64, and at N = 8 on either side of 1.
-//             With dh or h0, the scan: the sums from and to the states cost 4 N to 8 N more, and the ratio is between
-//             0.2 and 5 with the decay, L and the instruction set.
+// What auto means, by measurement: float32, one thread, AVX-512 with one FMA unit of that width, D = 128 to 512.
+//   forward   the scan, which gives the last state without further cost: 20, 59, 99 and 149 cycles for 16 elements at
+//             N = 1, 8, 16 and 24, where two transforms and the sums for the state take about 150.
+//   backward  without states, the transforms from N = 16 on: fft / scan is 0.55 to 0.87 at N = 16 (L 256 to 16384, B 2
+//             and 8) and 0.64 at N = 24, but 1.13 to 1.20 at N = 8 and 2.8 at N = 1. With dh or h0, the scan: the sums
+//             from and to the states cost 4 N to 8 N more.
 constexpr int64_t kFftBackwardWavelets = 16;
 constexpr int64_t kFftBackwardSteps = 256;
 
@@ -122,11 +117,12 @@ struct CemaForward : CemaShape {
   void* h;            // [B, D, N, 2] stat
   void* workspace;    // scan: see scan_bytes
 
-  // Coefficients (at most 4 stat and 7 float64 per wavelet), the running states (2 float64 per wavelet and part), x and
-  // y of a time block.
+  // Coefficients (for each wavelet a row and q in float64, for each channel the response of a tile) and the running
+  // states, in two parts each, of every part of the batch.
   int64_t scan_bytes() const {
-    return wavelets() * (4 * size_of(stat_dtype(dtype)) + 7 * 8) + parts().parts * wavelets() * 2 * 8 +
-           packed_bytes(dtype, kForward, 2);
+    const int64_t stat = size_of(stat_dtype(dtype));
+    return wavelets() * (kTableRow * stat + 2 * 8) + columns() * kColumn * kTile * stat +
+           parts().parts * wavelets() * 4 * stat;
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
@@ -179,14 +175,12 @@ struct CemaBackward : CemaShape {
   void* dh0;       // [B, D, N, 2], nullptr when h0 is
   void* workspace;
 
-  // Coefficients, and for each part: running states (2 float64 per wavelet), sums of five gradients per wavelet and one
-  // per channel in float64, the state at the start of every time block (2 stat per wavelet and block: 2 N / 64 numbers
-  // per element of x), and x, dy and dx of a time block.
+  // Coefficients as forward and the powers of q within a tile, and for each part: running states in two parts each,
+  // sums of gradients in float64, the state at the start of every time block (2 N / 128 numbers per element of x).
   int64_t scan_bytes() const {
-    const int64_t stat = size_of(stat_dtype(dtype));
-    return wavelets() * (4 * stat + 7 * 8) +
-           parts().parts * (wavelets() * (7 * 8 + 2 * stat * blocks()) + columns() * kColumn * 8) +
-           packed_bytes(dtype, kBackward, 3);
+    const int64_t stat = size_of(stat_dtype(dtype)), channels = columns() * kColumn;
+    return wavelets() * ((kTableRow + 2 * (kTile - 1)) * stat + 2 * 8) + channels * kTile * stat +
+           parts().parts * (wavelets() * (kSums * 8 + (4 + 2 * blocks()) * stat) + channels * kChannelSums * 8);
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 3, 7); }

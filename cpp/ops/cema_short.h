@@ -2,114 +2,215 @@
 //
 // Lanes are the wavelets of one channel, as they lie in memory: a vector of the state holds (re, im) pairs, and so do
 // the tables, so that h <- a x + q h is  h <- A x + Q1 h + Q2 swap(h)  with  A = (a, 0), Q1 = (re q, re q),
-// Q2 = (-im q, im q), and y = sum of (re g, -im g) h. All in float64: the rounding of q cannot add up over many calls.
+// Q2 = (-im q, im q), and y = sum of (re g, -im g) h. The tables of a channel are made once, in float64, and serve all
+// rows of the batch. For a float32 state q is a sum of two float32 numbers, so that its rounding cannot add up over
+// many calls; that of the state, once a step, is what a state in float32 has anyway.
 #pragma once
 
 #include "core/parallel.h"
 #include "core/subnormals.h"
-#include "ops/cema_scan.h"
+#include "ops/cema_tiles.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-constexpr int64_t kShortSteps = 16;
+constexpr int64_t kShortSteps = 32;
 constexpr int64_t kShortWavelets = 64;
 
-static inline bool is_short(const CemaForward& args) { return args.L <= kShortSteps && args.N <= kShortWavelets; }
+// The tables of tiles cost as much as about 32 steps here; a step here costs 4 times as much as in a whole tile.
+static inline bool is_short(const CemaForward& args) {
+  return args.N <= kShortWavelets && args.L <= kShortSteps && (args.L <= 4 || args.B * args.L <= kShortSteps);
+}
 
-// Of one channel: a, q1, q2 and g, each `stride` entries of which those beyond 2 N are zeros.
+template <class A>
+using VecIndex = std::conditional_t<std::is_same_v<A, double>, VecI64, VecI32>;
+
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
+
+inline Vec<float> join(HalfFloats low, HalfFloats high) {
+#if defined(__AVX512F__)
+  const __m512 first = _mm512_castps256_ps512(reinterpret_cast<__m256>(low));
+  return reinterpret_cast<Vec<float>>(_mm512_insertf32x8(first, reinterpret_cast<__m256>(high), 1));
+#elif defined(__AVX2__)
+  const __m256 first = _mm256_castps128_ps256(reinterpret_cast<__m128>(low));
+  return reinterpret_cast<Vec<float>>(_mm256_insertf128_ps(first, reinterpret_cast<__m128>(high), 1));
+#else
+  Vec<float> both;
+  std::memcpy(&both, &low, sizeof low);
+  std::memcpy(reinterpret_cast<char*>(&both) + sizeof low, &high, sizeof high);
+  return both;
+#endif
+}
+
+// (re_0, im_0, re_1, im_1, ..) as A.
+template <class A>
+inline void store_pairs(A* p, Double re, Double im) {
+  constexpr int64_t W = kLanes<A>;
+  VecIndex<A> turn;
+  if constexpr (std::is_same_v<A, double>) {
+    for (int64_t i = 0; i < W; ++i) turn[i] = i / 2 + i % 2 * W;
+    store(p, __builtin_shuffle(re, im, turn));
+    store(p + W, __builtin_shuffle(re, im, turn + W / 2));
+  } else {
+    for (int64_t i = 0; i < W; ++i) turn[i] = static_cast<int32_t>(i / 2 + i % 2 * kDoubles);
+    const Vec<float> both = join(__builtin_convertvector(re, HalfFloats), __builtin_convertvector(im, HalfFloats));
+    store(p, __builtin_shuffle(both, turn));
+  }
+}
+
+// lane l: the sum of the lanes of v[l].
+template <class A>
+inline Vec<A> sum_each(Vec<A>* v) {
+  constexpr int64_t W = kLanes<A>;
+  VecIndex<A> even;
+  for (int64_t i = 0; i < W; ++i) even[i] = 2 * i;
+#pragma GCC unroll 4
+  for (int64_t count = W / 2; count > 0; count /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; ++i) {
+      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], even + 1);
+    }
+  }
+  return v[0];
+}
+
+// Of one channel: rows of `stride` entries, those beyond 2 N zeros.
+template <class A>
 struct ShortTable {
-  double* a;
-  double* q1;
-  double* q2;
-  double* g;
+  static constexpr bool kSplit = std::is_same_v<A, float>;
+  static constexpr int64_t kRows = kSplit ? 6 : 4;
+  enum : int64_t { kInput = 0, kOutput = 1, kQ1 = 2, kQ2 = 3, kQ1Rest = 4, kQ2Rest = 5 };
 
-  static int64_t stride(int64_t N) { return (2 * N + 2 * kDoubles - 1) / (2 * kDoubles) * (2 * kDoubles); }
-  ShortTable(double* memory, int64_t stride)
-      : a(memory), q1(memory + stride), q2(memory + 2 * stride), g(memory + 3 * stride) {}
+  static int64_t stride(int64_t N) { return round_up(2 * N, kLanes<A>); }
 
-  template <class A>
-  void make(const Parameters<A>& p, int64_t d) const {
-    const Sigmoid<double> theta = Sigmoid<double>::of(static_cast<double>(p.theta[d]));
-    const Sigmoid<Double> frequency{splat(theta.value), splat(theta.rest)};
-    const double scale = gamma_scale(p.N);
+  static void make(const Parameters<A>& p, int64_t d, A scale, const Sigmoid<Double>& frequency, A* table) {
+    const int64_t length = stride(p.N);
     Double n;
     for (int64_t l = 0; l < kDoubles; ++l) n[l] = static_cast<double>(l + 1);
-    for (int64_t i = 0; i < p.N; i += kDoubles, n += static_cast<double>(kDoubles)) {
-      const int64_t lanes = p.N - i < kDoubles ? p.N - i : kDoubles;
-      const auto w = Wavelet<Double>::at(load_some(p.alpha + d * p.N + i, lanes),
-                                         load_some(p.delta + d * p.N + i, lanes), frequency, n, p.N);
-      const Double re = w.q_re(), im = w.q_im(), input = w.a();
-      const A* gamma = p.gamma + 2 * (d * p.N + i);
-      for (int64_t l = 0; l < kDoubles; ++l) {
-        const bool real = l < lanes;
-        const int64_t k = 2 * (i + l);
-        a[k] = real ? input[l] : 0;
-        q1[k] = q1[k + 1] = real ? re[l] : 0;
-        q2[k] = real ? -im[l] : 0;
-        q2[k + 1] = real ? im[l] : 0;
-        g[k] = real ? scale * static_cast<double>(gamma[2 * l]) : 0;
-        g[k + 1] = real ? -scale * static_cast<double>(gamma[2 * l + 1]) : 0;
-        a[k + 1] = 0;
+    for (int64_t i = 0; 2 * i < length; i += kDoubles, n += static_cast<double>(kDoubles)) {
+      const int64_t left = p.N > i ? p.N - i : 0;
+      const auto w = Wavelet<Double>::at(load_some(p.alpha + d * p.N + i, left), load_some(p.delta + d * p.N + i, left),
+                                         frequency, n, p.N);
+      const auto real = n <= static_cast<double>(p.N);
+      const Double re = real ? w.q_re() : Double{}, im = real ? w.q_im() : Double{};
+      A* at = table + 2 * i;
+      store_pairs(at + kInput * length, real ? w.a() : Double{}, Double{});
+      store_pairs(at + kQ1 * length, re, re);
+      store_pairs(at + kQ2 * length, -im, im);
+      if constexpr (kSplit) {
+        const auto rest = [](Double v) {
+          return v - __builtin_convertvector(__builtin_convertvector(v, HalfFloats), Double);
+        };
+        store_pairs(at + kQ1Rest * length, rest(re), rest(re));
+        store_pairs(at + kQ2Rest * length, rest(-im), rest(im));
       }
+    }
+    Vec<A> sign;
+    for (int64_t l = 0; l < kLanes<A>; ++l) sign[l] = l % 2 == 0 ? scale : -scale;
+    for (int64_t i = 0; i < length; i += kLanes<A>) {
+      store(table + kOutput * length + i, sign * load(p.gamma + 2 * d * p.N + i, 2 * p.N - i));
     }
   }
 };
 
-// One row and channel: h0 (nullptr: zeros) to h, x to y, both D elements apart from step to step.
-template <class T>
-void short_row(const ShortTable& table, int64_t N, int64_t L, int64_t D, stat_t<T> omega, const stat_t<T>* h0,
-               stat_t<T>* h, const T* x, T* y) {
-  double input[kShortSteps];
-  Double sums[kShortSteps];
+// One row of the batch, kLanes channels, as many as there are: h0 (nullptr: zeros) to h, x to y, whose steps are D
+// elements apart. `next` is the next row's h0, fetched meanwhile (nullptr: none).
+template <bool kPast, class T, class A = stat_t<T>>
+void short_row(const A* tables, int64_t N, int64_t L, int64_t D, int64_t lanes, Vec<A> omega, const A* h0, A* h,
+               const T* x, T* y, const A* next) {
+  constexpr int64_t W = kLanes<A>;
+  using Table = ShortTable<A>;
+  const int64_t length = Table::stride(N);
+  VecIndex<A> other;
+  for (int64_t i = 0; i < W; ++i) other[i] = i ^ 1;
+  Vec<A> input[kShortSteps], sums[kShortSteps][W];
   for (int64_t t = 0; t < L; ++t) {
-    input[t] = static_cast<double>(load_one(x + t * D));
-    sums[t] = Double{};
+    input[t] = load(x + t * D, lanes);
+    for (int64_t l = lanes; l < W; ++l) sums[t][l] = Vec<A>{};
   }
-  for (int64_t i = 0; i < 2 * N; i += kDoubles) {
-    const Double a = load(table.a + i), q1 = load(table.q1 + i), q2 = load(table.q2 + i), g = load(table.g + i);
-    Double state = h0 == nullptr ? Double{} : load_some(h0 + i, 2 * N - i);
-    for (int64_t t = 0; t < L; ++t) {
-      state = q1 * state + (q2 * swap_pairs(state) + a * input[t]);
-      sums[t] = g * state + sums[t];
+  for (int64_t l = 0; l < lanes; ++l, tables += Table::kRows * length) {
+    Vec<A> sum = {};  // of a single step
+    for (int64_t i = 0; i < length; i += W) {
+      const int64_t at = l * 2 * N + i, left = 2 * N - i;
+      if (next != nullptr) __builtin_prefetch(next + at);
+      const auto entry = [&](int64_t row) { return load(tables + row * length + i); };
+      const Vec<A> g = entry(Table::kOutput);
+      const auto step = [&](Vec<A> state, A x_t) {
+        const Vec<A> swapped = __builtin_shuffle(state, other);
+        Vec<A> small = entry(Table::kInput) * x_t;
+        if constexpr (Table::kSplit) {
+          small = entry(Table::kQ1Rest) * state + (entry(Table::kQ2Rest) * swapped + small);
+        }
+        return entry(Table::kQ1) * state + (entry(Table::kQ2) * swapped + small);
+      };
+      Vec<A> state = h0 == nullptr ? Vec<A>{} : load(h0 + at, left);
+      if (L == 1) {
+        state = step(state, input[0][l]);
+        sum = g * state + sum;
+      } else {
+        for (int64_t t = 0; t < L; ++t) {
+          state = step(state, input[t][l]);
+          sums[t][l] = i == 0 ? g * state : g * state + sums[t][l];
+        }
+      }
+      if constexpr (kPast) {
+        put<true>(h + at, state);
+      } else {
+        store(h + at, state, left);
+      }
     }
-    store_some(h + i, state, 2 * N - i);
+    if (L == 1) sums[0][l] = sum;
   }
-  for (int64_t t = 0; t < L; ++t) {
-    store_one(y + t * D, static_cast<stat_t<T>>(sum_lanes<double>(sums[t]) + static_cast<double>(omega) * input[t]));
-  }
+  for (int64_t t = 0; t < L; ++t) store(y + t * D, omega * input[t] + sum_each<A>(sums[t]), lanes);
 }
 
 template <class T>
 void forward_short(const CemaForward& args) {
   using A = stat_t<T>;
+  using Table = ShortTable<A>;
+  constexpr int64_t W = kLanes<A>;
   const Parameters<A> parameters = Parameters<A>::of(args);
   const auto* omega = static_cast<const A*>(args.omega);
   const auto* h0 = static_cast<const A*>(args.h0);
   auto* h = static_cast<A*>(args.h);
-  const int64_t state = args.D * args.N * 2;
-  const int64_t per_channel = args.N * (16 + args.B * (1 + args.L));
+  const int64_t N = args.N, D = args.D, state = D * N * 2;
+  const bool past = 2 * N % W == 0 && goes_past_caches(args.B * state, 2 * N, h);
+  const A scale = static_cast<A>(gamma_scale(N));
+  const int64_t table = Table::kRows * Table::stride(N);
   // Channels a thread makes the tables of before it goes over the batch: their states are one piece of memory per row.
-  constexpr int64_t kRoom = 4096;
-  const int64_t stride = ShortTable::stride(args.N);
-  const int64_t most = kRoom / (4 * stride);
-  parallel_for(args.D, 1 + 16384 / per_channel, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kRoom = 2 * W * ShortTable<A>::kRows * 2 * kShortWavelets;
+  const int64_t most = kRoom / table / W * W;
+  const int64_t per_vector = W * N * (16 + args.B * (1 + args.L));
+  parallel_for(ceil_div(D, W), 1 + 16384 / per_vector, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
-    alignas(64) double memory[kRoom];
-    for (int64_t first = begin; first < end; first += most) {
-      const int64_t last = end - first < most ? end : first + most;
-      for (int64_t d = first; d < last; ++d) {
-        ShortTable(memory + (d - first) * 4 * stride, stride).make(parameters, d);
+    alignas(64) A tables[kRoom];
+    const int64_t stop = end * W < D ? end * W : D;
+    for (int64_t first = begin * W; first < stop; first += most) {
+      const int64_t last = stop - first < most ? stop : first + most;
+      for (int64_t d = first; d < last; d += kDoubles) {
+        const Sigmoid<Double> frequency = parameters.frequency(d);
+        for (int64_t l = 0; l < kDoubles && d + l < last; ++l) {
+          Table::make(parameters, d + l, scale, {splat(frequency.value[l]), splat(frequency.rest[l])},
+                      tables + (d + l - first) * table);
+        }
       }
       for (int64_t b = 0; b < args.B; ++b) {
-        for (int64_t d = first; d < last; ++d) {
-          const int64_t at = b * state + d * args.N * 2;
-          const int64_t row = b * args.L * args.D + d;
-          short_row(ShortTable(memory + (d - first) * 4 * stride, stride), args.N, args.L, args.D, omega[d],
-                    h0 == nullptr ? nullptr : h0 + at, h + at, static_cast<const T*>(args.x) + row,
-                    static_cast<T*>(args.y) + row);
+        for (int64_t d = first; d < last; d += W) {
+          const int64_t lanes = last - d < W ? last - d : W, at = b * state + d * N * 2, row = b * args.L * D + d;
+          const A* from = h0 == nullptr ? nullptr : h0 + at;
+          const A* next = from == nullptr || b + 1 == args.B ? nullptr : from + state;
+          const auto go = [&](auto kPast) {
+            short_row<kPast.value>(tables + (d - first) * table, N, args.L, D, lanes, load(omega + d, lanes), from,
+                                   h + at, static_cast<const T*>(args.x) + row, static_cast<T*>(args.y) + row, next);
+          };
+          if (past) {
+            go(std::true_type{});
+          } else {
+            go(std::false_type{});
+          }
         }
       }
     }
+    finish_puts();
   });
 }
 

@@ -1,0 +1,118 @@
+// How the CEMA kernels walk through their tensors: tasks of columns of channels, and the rows of a time block from and
+// to packed copies.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "core/parallel.h"
+#include "core/simd.h"
+#include "core/subnormals.h"
+#include "ops/cema.h"
+
+namespace megalodon::cpu::MEGALODON_ISA {
+
+// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the batch.
+template <class Body>
+void for_columns(const CemaShape& shape, int64_t begin, int64_t end, Body&& body) {
+  const int64_t columns = shape.columns();
+  while (begin < end) {
+    const int64_t part = begin / columns;
+    const int64_t first = begin - part * columns;
+    const int64_t last = first + (end - begin) < columns ? first + (end - begin) : columns;
+    body(part, first, last);
+    begin += last - first;
+  }
+}
+
+// Calls body(d, end) for the channels [d, end) of every kStaged columns of [first, last): these go through time
+// together, so that memory is read in pieces of a line per column and the tables stay in L2.
+template <class Body>
+void for_stages(const CemaShape& shape, int64_t first, int64_t last, Body&& body) {
+  constexpr int64_t kColumn = CemaShape::kColumn, kChannels = CemaShape::kStaged * kColumn;
+  const int64_t end = last * kColumn < shape.D ? last * kColumn : shape.D;
+  for (int64_t d = first * kColumn; d < end; d += kChannels) body(d, d + kChannels < end ? d + kChannels : end);
+}
+
+// Calls body(constant G, n) for the wavelets in groups of at most kMost, 1 or 2.
+template <int kMost, class Body>
+void for_wavelets(int64_t N, Body&& body) {
+  int64_t n = 0;
+  for (; n + kMost <= N; n += kMost) body(std::integral_constant<int, kMost>{}, n);
+  if (n < N) body(std::integral_constant<int, 1>{}, n);
+}
+
+// Calls body(index in a tensor [B, D, N, 2], entry of `state` [N, 2, lanes]) for row b and the channels from d on.
+template <class A, class Body>
+void for_state(const CemaShape& shape, int64_t b, int64_t d, A* state, Body&& body) {
+  constexpr int64_t W = kLanes<A>;
+  for (int64_t l = 0; l < W && d + l < shape.D; ++l) {
+    const int64_t at = (b * shape.D + d + l) * shape.N * 2;
+    for (int64_t i = 0; i < 2 * shape.N; ++i) body(at + i, state[i * W + l]);
+  }
+}
+
+// Steps of a vector of channels, from rows D elements apart.
+template <class T>
+inline void pack(const T* rows, int64_t D, int64_t lanes, int64_t steps, stat_t<T>* packed) {
+  for (int64_t t = 0; t < steps; ++t) store(packed + t * kLanes<stat_t<T>>, load(rows + t * D, lanes));
+}
+template <class T>
+inline void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t steps, T* rows) {
+  for (int64_t t = 0; t < steps; ++t) store(rows + t * D, load(packed + t * kLanes<stat_t<T>>), lanes);
+}
+
+// Where the next block's rows lie, fetched while this one is worked on: they are D elements apart, which the hardware
+// does not foresee. What is read goes to L2, what is written to L1.
+template <class T>
+struct Next {
+  const T *first, *second;  // second and out: nullptr where there is nothing
+  T* out;
+  int64_t D, rows, each = 0;
+
+  void fetch() {
+    for (int64_t i = 0; i < each && rows > 0; ++i, --rows) {
+      __builtin_prefetch(first, 0, 2);
+      first += D;
+      if (second != nullptr) {
+        __builtin_prefetch(second, 0, 2);
+        second += D;
+      }
+      if (out != nullptr) {
+        __builtin_prefetch(out, 1);
+        out += D;
+      }
+    }
+  }
+};
+
+// Whether `count` outputs, in rows, go past the caches: lines that are written whole, of more than the caches hold.
+// Otherwise each would be read before it is written, and put out what is in use.
+template <class T>
+bool goes_past_caches(int64_t count, int64_t row, const T* out) {
+#if defined(__AVX512F__)
+  constexpr int64_t kLine = 64, kLeastBytes = int64_t{4} << 20, kSize = sizeof(T);
+  return kSize == sizeof(stat_t<T>) && count * kSize >= kLeastBytes && row * kSize % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(out) % kLine == 0;
+#else
+  (void)count, (void)row, (void)out;
+  return false;
+#endif
+}
+template <bool kPast, class T>
+inline void put(T* p, Vec<stat_t<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (kPast && sizeof(T) == sizeof(stat_t<T>)) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+  }
+#endif
+  store(p, v);
+}
+inline void finish_puts() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace megalodon::cpu::MEGALODON_ISA
