@@ -43,8 +43,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        # mkdtemp's folders, and some libraries' files, are private to the user; these are as readable
-        # as any new ones.
+        # mkdtemp's folders, and some libraries' files, are private to the user; these are as
+        # readable as any new ones.
         umask = os.umask(0)
         os.umask(umask)
         for file in temporary.iterdir():
