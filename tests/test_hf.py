@@ -93,6 +93,9 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
     save_checkpoint(model, tmp_path / "a.safetensors")
     there = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "hf"), "--format", "hf"]
     assert cli.main(there) == 0
+    (tmp_path / "new").touch()
+    mode = (tmp_path / "new").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "hf").iterdir()} == {mode}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokens = random_tokens(2, 9)
     assert torch.equal(loaded(tokens).logits, model(tokens))

@@ -43,11 +43,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        for file in temporary.iterdir():
-            sync(file)
-        # mkdtemp's folders are private to the user; this one is as readable as any new folder.
+        # mkdtemp's folders, and some libraries' files, are private to the user; these are as
+        # readable as any new ones.
         umask = os.umask(0)
         os.umask(umask)
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~umask)
+            sync(file)
         temporary.chmod(0o777 & ~umask)
         sync(temporary)
         os.rename(temporary, path)
