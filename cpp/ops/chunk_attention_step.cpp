@@ -18,7 +18,8 @@
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;  // slots whose scores are held at a time
+constexpr int64_t kBlock = 64;         // slots whose scores are held at a time
+constexpr int64_t kMostWidened = 512;  // elements of a query that is widened once, not once for every slot
 
 // Rows of one head lie apart, where the hardware does not foresee them.
 template <class T>
@@ -28,8 +29,8 @@ inline void prefetch_row(const T* row, int64_t n) {
 
 // scores[i] = q . k_i for `count` rows k_i, of which `reachable` (>= count) may be prefetched; a whole number of
 // vectors is written. The rows of a vector are summed side by side and reduced by a transposition.
-template <class T, class A>
-void score(const T* q, const T* k, int64_t stride, int64_t count, int64_t reachable, int64_t S, A* scores) {
+template <class Q, class T, class A>
+void score(const Q* q, const T* k, int64_t stride, int64_t count, int64_t reachable, int64_t S, A* scores) {
   constexpr int64_t W = kLanes<A>;
   for (int64_t i = 0; i < count; i += W) {
     const int64_t n = count - i < W ? count - i : W;
@@ -102,10 +103,19 @@ void attend(const ChunkAttentionStep& args, const T* q, const T* k, const T* v, 
   const A lowest = -std::numeric_limits<A>::infinity();
   A best = lowest, sum = 0;
   for (int64_t e = 0; e < args.E; ++e) result.out[e] = 0;
-  A scores[kBlock];
+  A scores[kBlock], wide[kMostWidened];
+  const bool widened = sizeof(T) < sizeof(A) && args.S <= kMostWidened;
+  if (widened) {
+    for (int64_t s = 0; s < args.S; s += W) store(wide + s, load(q + s, args.S - s), args.S - s);
+  }
   for (int64_t j = begin; j < end; j += kBlock) {
     const int64_t n = std::min(kBlock, end - j);
-    score(q, k + j * args.H * args.S, args.H * args.S, n, end - j, args.S, scores);
+    const T* keys = k + j * args.H * args.S;
+    if (widened) {
+      score(wide, keys, args.H * args.S, n, end - j, args.S, scores);
+    } else {
+      score(q, keys, args.H * args.S, n, end - j, args.S, scores);
+    }
     const int64_t padded = round_up(n, W);
     for (int64_t i = n; i < padded; ++i) scores[i] = lowest;
     const A before = best;
