@@ -13,16 +13,20 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the batch.
+// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the batch. The
+// parts of a column are neighbours, so that mostly one thread has them all, and the column's tables in its cache.
 template <class Body>
 void for_columns(const CemaShape& shape, int64_t begin, int64_t end, Body&& body) {
-  const int64_t columns = shape.columns();
+  const int64_t parts = shape.parts().parts;
   while (begin < end) {
-    const int64_t part = begin / columns;
-    const int64_t first = begin - part * columns;
-    const int64_t last = first + (end - begin) < columns ? first + (end - begin) : columns;
-    body(part, first, last);
-    begin += last - first;
+    const int64_t column = begin / parts, part = begin % parts, whole = (end - begin) / parts;
+    if (part == 0 && whole > 0) {
+      for (int64_t p = 0; p < parts; ++p) body(p, column, column + whole);
+      begin += whole * parts;
+    } else {
+      body(part, column, column + 1);
+      ++begin;
+    }
   }
 }
 

@@ -73,14 +73,14 @@ inline Vec<A> sum_each(Vec<A>* v) {
   return v[0];
 }
 
-// Of one channel: rows of `stride` entries, those beyond 2 N zeros.
+// Of one channel: rows of `stride` entries, of which those of a vector beyond 2 N are zeros.
 template <class A>
 struct ShortTable {
   static constexpr bool kSplit = std::is_same_v<A, float>;
   static constexpr int64_t kRows = kSplit ? 6 : 4;
   enum : int64_t { kInput = 0, kOutput = 1, kQ1 = 2, kQ2 = 3, kQ1Rest = 4, kQ2Rest = 5 };
 
-  static int64_t stride(int64_t N) { return round_up(2 * N, kLanes<A>); }
+  static int64_t stride(int64_t N) { return round_up(2 * N, 2 * kDoubles); }
 
   static void make(const Parameters<A>& p, int64_t d, A scale, const Sigmoid<Double>& frequency, A* table) {
     const int64_t length = stride(p.N);
@@ -106,7 +106,7 @@ struct ShortTable {
     }
     Vec<A> sign;
     for (int64_t l = 0; l < kLanes<A>; ++l) sign[l] = l % 2 == 0 ? scale : -scale;
-    for (int64_t i = 0; i < length; i += kLanes<A>) {
+    for (int64_t i = 0; i < 2 * p.N; i += kLanes<A>) {
       store(table + kOutput * length + i, sign * load(p.gamma + 2 * d * p.N + i, 2 * p.N - i));
     }
   }
@@ -129,7 +129,7 @@ void short_row(const A* tables, int64_t N, int64_t L, int64_t D, int64_t lanes, 
   }
   for (int64_t l = 0; l < lanes; ++l, tables += Table::kRows * length) {
     Vec<A> sum = {};  // of a single step
-    for (int64_t i = 0; i < length; i += W) {
+    for (int64_t i = 0; i < 2 * N; i += W) {
       const int64_t at = l * 2 * N + i, left = 2 * N - i;
       if (next != nullptr) __builtin_prefetch(next + at);
       const auto entry = [&](int64_t row) { return load(tables + row * length + i); };
