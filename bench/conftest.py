@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=1, help="torch threads of the benches")
     parser.addoption("--device", default="cpu", help="where ops are timed: cpu or cuda")
-    parser.addoption("--long", action="store_true", help="on a GPU: all sizes and types")
+    parser.addoption("--long", action="store_true", help="all sizes, types and peers")
     parser.addoption("--seconds", type=float, default=1e9, help="no bench begins after these")
     parser.addoption("--save", metavar="NAME", help="write the table to bench/results/NAME.json")
     parser.addoption("--results", default=str(RESULTS), help="another folder for it")

@@ -74,13 +74,16 @@ rows: list[Row] = []
 model_rows: list[ModelRow] = []
 lines: list[str] = []  # of benches that are no op's, printed before the table
 device = torch.device("cpu")  # where ops are timed; --device
-long_set = False  # all sizes and types on a GPU; --long
+long_set = False  # more sizes, types and peers; --long
+BEYOND_CACHES = (2, 65536, 512)  # B, L, D: 268 MB in float32
 
 
 def sizes(*on_cpu: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
-    """B, L, D to time: these on the CPU, on a GPU the public ones."""
+    """B, L, D to time: these on the CPU (--long: and one beyond its caches), on a GPU the public
+    ones.
+    """
     if device.type == "cpu":
-        return on_cpu
+        return (*on_cpu, BEYOND_CACHES) if long_set else on_cpu
     return gpu.LONG if long_set else gpu.SHORT
 
 
@@ -243,10 +246,15 @@ def measure(
 def _peers(
     op: str, peers: dict[str, Callable[..., Any]], args: Sequence[Any], backward: bool
 ) -> dict[str, Callable[[], Any]]:
-    """What is timed beside ours. On a GPU one that fails, say for a size it does not have, or that
-    takes too long to compile, is left out, and the table says so.
+    """What is timed beside ours, on the CPU with --long compiled too. On a GPU one that fails, say
+    for a size it does not have, or that takes too long to compile, is left out, and the table says
+    so.
     """
     if device.type == "cpu":
+        if long_set:
+            torch._dynamo.reset()
+            compiled = {f"{n}, compiled": torch.compile(p, dynamic=False) for n, p in peers.items()}
+            peers = peers | compiled
         return {name: _runner(peer, args, backward) for name, peer in peers.items()}
     runners = {}
     for name, peer in gpu.at_their_best(peers).items():

@@ -105,6 +105,28 @@ struct Groups {
     }
   }
 
+  // The same, but two adjacent vectors at a time where there are two and kPairs: pair(j0, j1, i), j0 and j1 being their
+  // indices.
+  template <bool kPairs, class F2, class F>
+  __attribute__((always_inline)) void for_each_pair(int64_t g, const F2& pair, const F& single) const {
+    if constexpr (kPairs && P > 1) {
+      for (int64_t j = 0; j < kVectors; j += kUnrolled) {
+        for_each_index([&](int k)
+                           __attribute__((always_inline)) { pair(j + 2 * k, j + 2 * k + 1, g * P + (j + 2 * k) * W); },
+                       std::make_integer_sequence<int, kUnrolled / 2>{});
+      }
+    } else if constexpr (kPairs && P == 0) {
+      for (int64_t j = 0; j < W && g + j < groups; ++j) {
+        const int64_t begin = (g + j) * K;
+        int64_t m = 0;
+        for (; m + 2 * W <= K; m += 2 * W) pair(j, j, begin + m);
+        for (; m < K; m += W) single(j, begin + m, K - m < W ? K - m : int64_t{W});
+      }
+    } else {
+      for_each_vector(g, single);
+    }
+  }
+
   // The sums of f over the groups of that block; of groups that do not exist, 0. f gives 0 in lanes from n on.
   template <int N, class F>
   __attribute__((always_inline)) Vecs<A, N> sum(int64_t g, const F& f) const {

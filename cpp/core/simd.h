@@ -7,6 +7,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 #if defined(MEGALODON_X86)
 #include <immintrin.h>
@@ -47,7 +48,16 @@ inline Vec<A> splat(A value) {
 // ---- 16-bit conversions, one vector of floats at a time ----
 
 inline Vec<float> widen(bf16, HalfBits bits) {
+#if defined(__AVX512F__)
+  // One instruction, for which g++ 12 makes four of the conversion below.
+  const __m512i words = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits));
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<VecU32>(words) << 16);
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits));
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<VecU32>(words) << 16);
+#else
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, VecU32) << 16);
+#endif
 }
 
 inline HalfBits narrow(bf16, Vec<float> v) {  // round to nearest even; NaN stays NaN
@@ -123,6 +133,59 @@ inline void store(T* p, Vec<stat_t<T>> v) {
   } else {
     std::memcpy(p, &v, sizeof v);
   }
+}
+
+// Two adjacent vectors. Of bf16 they are loaded and stored in half the instructions that two single ones take.
+template <class A>
+struct Pair {
+  Vec<A> v[2];
+};
+
+template <class T>
+inline Pair<stat_t<T>> load_pair(const T* p) {
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<T, bf16>) {  // word i to the upper half of lane i, 0 to the lower half
+    const __m512i words = _mm512_loadu_si512(p);
+    const auto widened = [&](int first) __attribute__((always_inline)) {
+      VecU32 index;
+      for (int i = 0; i < 16; ++i) index[i] = static_cast<uint32_t>(first + i) << 16;
+      return reinterpret_cast<Vec<float>>(
+          _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, reinterpret_cast<__m512i>(index), words));
+    };
+    return {widened(0), widened(16)};
+  }
+#endif
+  return {load(p), load(p + kLanes<stat_t<T>>)};
+}
+
+// The bits of v rounded to bf16, in the upper half of each lane. v is the result of arithmetic: a NaN is quiet.
+inline VecU32 round_to_bf16(Vec<float> v) {
+  const VecU32 bits = reinterpret_cast<VecU32>(v);
+  const VecU32 step = ((bits >> 16) & 1) + 0x7fff;
+  return v == v ? bits + step : bits;
+}
+
+// What is stored is the result of arithmetic.
+template <class T>
+inline void store_pair(T* p, const Pair<stat_t<T>>& pair) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const VecU32 a = round_to_bf16(pair.v[0]), b = round_to_bf16(pair.v[1]);
+#if defined(__AVX512BW__)
+    VecU32 index;  // the upper words of a, then of b
+    for (int i = 0; i < 16; ++i) index[i] = static_cast<uint32_t>(4 * i + 1) | static_cast<uint32_t>(4 * i + 3) << 16;
+    const __m512i words = _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(index),
+                                                    reinterpret_cast<__m512i>(b));
+    _mm512_storeu_si512(p, words);
+#else
+    const __m256i words = _mm256_packus_epi32(reinterpret_cast<__m256i>(a >> 16), reinterpret_cast<__m256i>(b >> 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+#endif
+    return;
+  }
+#endif
+  store(p, pair.v[0]);
+  store(p + kLanes<stat_t<T>>, pair.v[1]);
 }
 
 #if defined(__AVX512F__)
@@ -394,6 +457,29 @@ inline V sigmoid(V v) {
   }
 #endif
   return 1.0f / (1.0f + exp(-v));
+}
+
+// sigmoid(v) for results that are stored as T. Where T has 16 bits and the machine AVX-512, with a relative error up to
+// 3e-6 where |v| < 20 (16 bits round by 5e-4 at least), in half the instructions; NaN at -inf, as v * sigmoid(v) is.
+template <class T>
+inline Vec<stat_t<T>> sigmoid_for(Vec<stat_t<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    // e^-v = 2^t: t is rounded to n by an instruction that does not take the FMA units, and 2^(t - n) is a minimax
+    // polynomial. Below -140 (NaN passes) nothing changes any more; above 128, e is inf and the result 0.
+    constexpr int kToNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m512 t = _mm512_max_ps(_mm512_set1_ps(-140.0f), reinterpret_cast<__m512>(v * -1.44269504088896341f));
+    const __m512 n = _mm512_roundscale_ps(t, kToNearest);
+    const Vec<float> f = reinterpret_cast<Vec<float>>(t) - reinterpret_cast<Vec<float>>(n);
+    Vec<float> p = splat(9.570101276e-3f);
+    for (float c : {5.591785908e-2f, 2.402474433e-1f, 6.931217909e-1f, 9.999992847e-1f}) p = p * f + c;
+    const __m512 e = _mm512_scalef_ps(reinterpret_cast<__m512>(p), n);
+    const Vec<float> d = reinterpret_cast<Vec<float>>(e) + 1.0f;
+    const Vec<float> r = reinterpret_cast<Vec<float>>(_mm512_rcp14_ps(reinterpret_cast<__m512>(d)));
+    return d > 1e38f ? r : r * (1.0f - d * r) + r;  // a Newton step, but not with inf
+  }
+#endif
+  return sigmoid(v);
 }
 
 }  // namespace megalodon::cpu::MEGALODON_ISA

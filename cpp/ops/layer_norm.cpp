@@ -21,54 +21,121 @@ namespace {
 // The sum over a row of f(vector): four accumulators, so that additions do not wait for each other. f gets the vector
 // and how many of its lanes are in the row; what it gives for the others must be 0.
 template <class T, class F>
-inline stat_t<T> sum_row(const T* x, int64_t D, F&& f) {
+__attribute__((always_inline)) inline stat_t<T> sum_row(const T* x, int64_t D, const F& f) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
   Vec<A> sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= D; i += 4 * W) {
-    for (int k = 0; k < 4; ++k) sums[k] += f(load(x + i + k * W), W);
+    for (int k = 0; k < 4; k += 2) {
+      const Pair<A> u = load_pair(x + i + k * W);
+      for (int m = 0; m < 2; ++m) sums[k + m] += f(u.v[m], W);
+    }
   }
   for (; i < D; i += W) sums[0] += f(load(x + i, D - i), D - i);
   return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-template <class T>
+template <class T, bool kWeighted>
 void forward(const LayerNormForward& args) {
   using A = stat_t<T>;
   using V = Vec<A>;
   constexpr int64_t W = kLanes<A>;
   const int64_t D = args.D;
-  const auto* x = static_cast<const T*>(args.x);
   const auto* weight = static_cast<const A*>(args.weight);
   const auto* bias = static_cast<const A*>(args.bias);
-  auto* y = static_cast<T*>(args.y);
 
   parallel_for(args.R, grain_of_rows(D), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const T* xr = x + r * D;
-      const A mean = sum_row(xr, D, [](V v, int64_t) { return v; }) / static_cast<A>(D);
-      const A square = sum_row(xr, D, [&](V v, int64_t n) {
+      const T* x = static_cast<const T*>(args.x) + r * D;
+      T* y = static_cast<T*>(args.y) + r * D;
+      const A mean = sum_row(x, D, [](V v, int64_t) { return v; }) / static_cast<A>(D);
+      const A square = sum_row(x, D, [&](V v, int64_t n) {
         const V d = v - mean;
         return n >= W ? d * d : first_lanes(d * d, n);
       });
       const A rstd = A(1) / std::sqrt(square / static_cast<A>(D) + static_cast<A>(args.eps));
       static_cast<A*>(args.mean)[r] = mean;
       static_cast<A*>(args.rstd)[r] = rstd;
-      for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-        const V xh = (load(xr + i, n) - mean) * rstd;
-        store(y + r * D + i, weight == nullptr ? xh : xh * load(weight + i, n) + (xh + load(bias + i, n)), n);
+      int64_t i = 0;
+      for (; i + 2 * W <= D; i += 2 * W) {
+        Pair<A> u = load_pair(x + i);
+        for (V& v : u.v) v = (v - mean) * rstd;
+        if constexpr (kWeighted) {
+          const Pair<A> w = load_pair(weight + i), b = load_pair(bias + i);
+          for (int m = 0; m < 2; ++m) u.v[m] = u.v[m] * w.v[m] + (u.v[m] + b.v[m]);
+        }
+        store_pair(y + i, u);
+      }
+      for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+        const V xh = (load(x + k, n) - mean) * rstd;
+        store(y + k, kWeighted ? xh * load(weight + k, n) + (xh + load(bias + k, n)) : xh, n);
       });
     }
   });
 }
 
-template <class T>
-void backward(const LayerNormBackward& args) {
+// One row of backward: dx, and what it adds to dweight and dbias.
+template <class T, bool kWeighted>
+__attribute__((always_inline)) inline void backward_row(const T* dy, const T* x, const stat_t<T>* weight,
+                                                        stat_t<T> mean, stat_t<T> rstd, int64_t D, T* dx, stat_t<T>* dw,
+                                                        stat_t<T>* db) {
   using A = stat_t<T>;
   using V = Vec<A>;
+  constexpr int64_t W = kLanes<A>;
+  V sum_u[2] = {}, sum_uxh[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= D; i += 2 * W) {
+    const Pair<A> g = load_pair(dy + i), v = load_pair(x + i);
+    Pair<A> w{};
+    if constexpr (kWeighted) w = load_pair(weight + i);
+    for (int m = 0; m < 2; ++m) {
+      const V xh = (v.v[m] - mean) * rstd;
+      const V u = kWeighted ? g.v[m] * w.v[m] + g.v[m] : g.v[m];
+      sum_u[m] += u;
+      sum_uxh[m] = u * xh + sum_uxh[m];
+      if constexpr (kWeighted) {
+        store(dw + i + m * W, g.v[m] * xh + load(dw + i + m * W));
+        store(db + i + m * W, g.v[m] + load(db + i + m * W));
+      }
+    }
+  }
+  const int64_t pairs_end = i;
+  for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    const V g = load(dy + k, n);  // 0 beyond the row, and so is u
+    const V xh = (load(x + k, n) - mean) * rstd;
+    const V u = kWeighted ? g * load(weight + k, n) + g : g;
+    sum_u[0] += u;
+    sum_uxh[0] = u * xh + sum_uxh[0];
+    if constexpr (kWeighted) {
+      store(dw + k, g * xh + load(dw + k, n), n);
+      store(db + k, g + load(db + k, n), n);
+    }
+  });
+  const A mean_u = sum_lanes<A>(sum_u[0] + sum_u[1]) / static_cast<A>(D);
+  const A slope = rstd * (sum_lanes<A>(sum_uxh[0] + sum_uxh[1]) / static_cast<A>(D));
+  for (i = 0; i < pairs_end; i += 2 * W) {
+    const Pair<A> g = load_pair(dy + i), v = load_pair(x + i);
+    Pair<A> w{};
+    if constexpr (kWeighted) w = load_pair(weight + i);
+    Pair<A> out;
+    for (int m = 0; m < 2; ++m) {
+      const V u = kWeighted ? g.v[m] * w.v[m] + g.v[m] : g.v[m];
+      out.v[m] = (u - mean_u - (v.v[m] - mean) * slope) * rstd;
+    }
+    store_pair(dx + i, out);
+  }
+  for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    const V g = load(dy + k, n);
+    const V u = kWeighted ? g * load(weight + k, n) + g : g;
+    store(dx + k, (u - mean_u - (load(x + k, n) - mean) * slope) * rstd, n);
+  });
+}
+
+template <class T, bool kWeighted>
+void backward(const LayerNormBackward& args) {
+  using A = stat_t<T>;
   const int64_t D = args.D;
-  const auto* x = static_cast<const T*>(args.x);
   const auto* weight = static_cast<const A*>(args.weight);
   const Parts parts = args.parts;
   auto* dweight = static_cast<A*>(args.workspace);
@@ -78,41 +145,18 @@ void backward(const LayerNormBackward& args) {
     for (int64_t p = begin; p < end; ++p) {
       A* dw = dweight + p * D;
       A* db = dbias + p * D;
-      if (weight != nullptr) {
+      if constexpr (kWeighted) {
         std::memset(dw, 0, D * sizeof(A));
         std::memset(db, 0, D * sizeof(A));
       }
       for (int64_t r = parts.begin(p); r < parts.end(p); ++r) {
-        const T* dyr = static_cast<const T*>(args.dy) + r * D;
-        const T* xr = x + r * D;
-        const A mean = static_cast<const A*>(args.mean)[r];
-        const A rstd = static_cast<const A*>(args.rstd)[r];
-        const auto scaled = [&](int64_t i, int64_t n, V g) __attribute__((always_inline)) {
-          return weight == nullptr ? g : g * load(weight + i, n) + g;
-        };
-        V sum_u = {};
-        V sum_uxh = {};
-        for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-          const V g = load(dyr + i, n);  // 0 beyond the row, and so is u
-          const V xh = (load(xr + i, n) - mean) * rstd;
-          const V u = scaled(i, n, g);
-          sum_u += u;
-          sum_uxh = u * xh + sum_uxh;
-          if (weight == nullptr) return;
-          store(dw + i, g * xh + load(dw + i, n), n);
-          store(db + i, g + load(db + i, n), n);
-        });
-        const A mean_u = sum_lanes<A>(sum_u) / static_cast<A>(D);
-        const A mean_uxh = sum_lanes<A>(sum_uxh) / static_cast<A>(D);
-        for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-          const V xh = (load(xr + i, n) - mean) * rstd;
-          const V u = scaled(i, n, load(dyr + i, n));
-          store(static_cast<T*>(args.dx) + r * D + i, (u - mean_u - xh * mean_uxh) * rstd, n);
-        });
+        backward_row<T, kWeighted>(static_cast<const T*>(args.dy) + r * D, static_cast<const T*>(args.x) + r * D,
+                                   weight, static_cast<const A*>(args.mean)[r], static_cast<const A*>(args.rstd)[r], D,
+                                   static_cast<T*>(args.dx) + r * D, dw, db);
       }
     }
   });
-  if (weight == nullptr) return;
+  if constexpr (!kWeighted) return;
   add_parts(dweight, parts.parts, D, static_cast<A*>(args.dweight));
   add_parts(dbias, parts.parts, D, static_cast<A*>(args.dbias));
 }
@@ -120,11 +164,17 @@ void backward(const LayerNormBackward& args) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& args) {
-  visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    args.weight == nullptr ? forward<T, false>(args) : forward<T, true>(args);
+  });
 }
 
 void layer_norm_backward(const LayerNormBackward& args) {
-  visit_activation(args.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    args.weight == nullptr ? backward<T, false>(args) : backward<T, true>(args);
+  });
 }
 
 }  // namespace megalodon::cpu::MEGALODON_ISA

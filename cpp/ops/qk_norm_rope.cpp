@@ -6,7 +6,8 @@
 //           heads; a vector of pairs is worked on as two vectors of interleaved components.
 // Traffic   forward 3, backward 4 elements moved per element of z, about 20 and 40 FLOPs: memory-bound.
 // Numerics  angles in double: exact at every kExactEvery-th token, between them one complex multiplication per token,
-//           whose error stays below 1e-14. dgamma, dbeta: a partial sum per part, added in order.
+//           whose error stays below 1e-14 (in float, 1e-5, where z has 16 bits). dgamma, dbeta: a partial sum per
+//           part, added in order.
 // Limits    S must be even; any B, L, H, chunk_size and position.
 #include "ops/qk_norm_rope.h"
 
@@ -36,9 +37,20 @@ void make_steps(const QkNormRope& args, double* table) {
   }
 }
 
-// The cosines and sines of one token after another.
 template <class A>
+inline void store_rounded(A* p, Vec<double> v) {
+  typedef A Rounded __attribute__((vector_size(kLanes<double> * sizeof(A))));
+  const Rounded rounded = __builtin_convertvector(v, Rounded);
+  std::memcpy(p, &rounded, sizeof rounded);
+}
+
+// The cosines and sines of one token after another, for activations of type T. Between exact ones they are turned by a
+// step at a time: in double, or for results of 16 bits in float, where 64 steps add up to less than 1e-5.
+template <class T>
 class Rotation {
+  using A = stat_t<T>;
+  static constexpr bool kInFloat = sizeof(T) == 2;
+
  public:
   Rotation(const QkNormRope& args, const double* table, double* scratch)
       : args_(args),
@@ -46,42 +58,70 @@ class Rotation {
         cosine_(scratch),
         sine_(scratch + args.pairs),
         cosines_(reinterpret_cast<A*>(scratch + 2 * args.pairs)),
-        sines_(reinterpret_cast<A*>(scratch + 3 * args.pairs)) {}
+        sines_(reinterpret_cast<A*>(scratch + 3 * args.pairs)) {
+    if constexpr (kInFloat) {  // they fill half of their room: behind them, those of the step
+      for (int64_t j = 0; j < args.pairs; j += kLanes<double>) {
+        store_rounded(cosines_ + args.pairs + j, load(table + args.pairs + j));
+        store_rounded(sines_ + args.pairs + j, load(table + 2 * args.pairs + j));
+      }
+    }
+  }
 
   const A* cosines() const { return cosines_; }
   const A* sines() const { return sines_; }
 
   // To token bt, which follows the one before.
   void move_to(int64_t bt) {
-    const int64_t b = bt / args_.L, t = bt % args_.L, C = args_.C;
-    const int64_t start = args_.position == nullptr ? 0 : args_.position[b] % C;
-    const int64_t place = (start + t % C) % C;
-    const bool exact = since_ == 0 || t == 0 || place == 0;
-    since_ = exact ? kExactEvery : since_;
-    --since_;
-    constexpr int64_t W = kLanes<double>;
-    for (int64_t j = 0; j < args_.pairs; j += W) {
-      Vec<double> c, s;
-      if (exact) {
-        sin_cos(load(table_ + j) * static_cast<double>(place), s, c);
-      } else {
-        const Vec<double> c0 = load(cosine_ + j), s0 = load(sine_ + j);
-        const Vec<double> c1 = load(table_ + args_.pairs + j), s1 = load(table_ + 2 * args_.pairs + j);
-        c = c0 * c1 - s0 * s1;
-        s = s0 * c1 + c0 * s1;
+    ++t_;
+    ++place_;
+    if (since_ == 0 || t_ == args_.L || place_ == args_.C) {
+      const int64_t b = bt / args_.L, C = args_.C;
+      const int64_t start = args_.position == nullptr ? 0 : args_.position[b] % C;
+      t_ = bt % args_.L;
+      place_ = (start + t_ % C) % C;
+      since_ = kExactEvery;
+      compute();
+    } else if constexpr (kInFloat) {
+      step(cosines_, sines_, cosines_ + args_.pairs, sines_ + args_.pairs);
+    } else {
+      step(cosine_, sine_, table_ + args_.pairs, table_ + 2 * args_.pairs);
+      for (int64_t j = 0; j < args_.pairs; j += kLanes<double>) {
+        store_rounded(cosines_ + j, load(cosine_ + j));
+        store_rounded(sines_ + j, load(sine_ + j));
       }
-      store(cosine_ + j, c);
-      store(sine_ + j, s);
-      for (int64_t i = 0; i < W; ++i) cosines_[j + i] = static_cast<A>(c[i]);
-      for (int64_t i = 0; i < W; ++i) sines_[j + i] = static_cast<A>(s[i]);
     }
+    --since_;
   }
 
  private:
+  void compute() {
+    for (int64_t j = 0; j < args_.pairs; j += kLanes<double>) {
+      Vec<double> c, s;
+      sin_cos(load(table_ + j) * static_cast<double>(place_), s, c);
+      store(cosine_ + j, c);
+      store(sine_ + j, s);
+      store_rounded(cosines_ + j, c);
+      store_rounded(sines_ + j, s);
+    }
+  }
+
+  template <class R>
+  void step(R* cosine, R* sine, const R* step_cosine, const R* step_sine) const {
+    const int64_t pairs = args_.pairs;
+    for (int64_t j = 0; j < pairs; j += kLanes<R>) {
+      const Vec<R> c0 = load(cosine + j), s0 = load(sine + j);
+      const Vec<R> c1 = load(step_cosine + j), s1 = load(step_sine + j);
+      store(cosine + j, c0 * c1 - s0 * s1);
+      store(sine + j, s0 * c1 + c0 * s1);
+    }
+  }
+
   const QkNormRope& args_;
   const double* table_;
   double *cosine_, *sine_;
   A *cosines_, *sines_;
+  int64_t t_ = -1;
+  int64_t place_ = -1;
   int64_t since_ = 0;  // tokens until the next exact one
 };
 
@@ -115,69 +155,88 @@ struct Turn {
   static Vec<A> swap(Vec<A> u) { return swap_pairs<A>(u, std::make_integer_sequence<int, kLanes<A>>{}); }
 };
 
-// Calls body(i, n, turn, half) for the vectors of a head: n elements from i on, of which turn's `half` turns the pairs.
-template <class A, class Body>
-inline void for_pairs(int64_t S, const Rotation<A>& rotation, Body&& body) {
+// Calls body(i, n, turn, half) for what is left of a head from i on: n elements from i on, of which turn's `half` turns
+// the pairs.
+template <class T, class Body>
+__attribute__((always_inline)) inline void for_rest(int64_t i, int64_t S, const Rotation<T>& rotation,
+                                                    const Body& body) {
+  using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
-  int64_t i = 0;
-  for (; i + 2 * W <= S; i += 2 * W) {
-    const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
-    body(i, W, turn, 0);
-    body(i + W, W, turn, 1);
-  }
-  if (i < S) {
-    const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
-    body(i, S - i, turn, 0);
-    if (i + W < S) body(i + W, S - i - W, turn, 1);
-  }
+  if (i >= S) return;
+  const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
+  body(i, S - i, turn, 0);
+  if (i + W < S) body(i + W, S - i - W, turn, 1);
 }
 
 template <class T, class A>
 inline A sum_of_squares(const T* z, int64_t S) {
   constexpr int64_t W = kLanes<A>;
-  Vec<A> sums[2] = {};
+  Vec<A> sums[4] = {};
   int64_t i = 0;
-  for (; i + 2 * W <= S; i += 2 * W) {
-    const Vec<A> u = load(z + i), v = load(z + i + W);
-    sums[0] = u * u + sums[0];
-    sums[1] = v * v + sums[1];
+  for (; i + 4 * W <= S; i += 4 * W) {
+    for (int k = 0; k < 4; k += 2) {
+      const Pair<A> u = load_pair(z + i + k * W);
+      for (int m = 0; m < 2; ++m) sums[k + m] = u.v[m] * u.v[m] + sums[k + m];
+    }
   }
   for (; i < S; i += W) {
     const Vec<A> u = load(z + i, S - i);
     sums[0] = u * u + sums[0];
   }
-  return sum_lanes<A>(sums[0] + sums[1]);
+  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// One token and head of forward: q and k of z, whose normalised components are z * scale.
+template <class T, class A>
+__attribute__((always_inline)) inline void forward_head(const QkNormRopeForward& args, int64_t at, int64_t h,
+                                                        const Rotation<T>& rotation, A scale) {
+  constexpr int64_t W = kLanes<A>;
+  const int64_t S = args.S, D = args.H * S;
+  const T* z = static_cast<const T*>(args.z) + at;
+  T* q = static_cast<T*>(args.q) + at;
+  T* k = static_cast<T*>(args.k) + at;
+  const A *gq = static_cast<const A*>(args.gamma) + h * S, *gk = gq + D;
+  const A *bq = static_cast<const A*>(args.beta) + h * S, *bk = bq + D;
+  int64_t i = 0;
+  for (; i + 2 * W <= S; i += 2 * W) {
+    const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
+    const Pair<A> u = load_pair(z + i);
+    Pair<A> uq, uk;
+    for (int m = 0; m < 2; ++m) {
+      const int64_t j = i + m * W;
+      const Vec<A> zn = u.v[m] * scale;
+      uq.v[m] = turn.forth(m, zn * load(gq + j) + (zn + load(bq + j)));
+      uk.v[m] = turn.forth(m, zn * load(gk + j) + (zn + load(bk + j)));
+    }
+    store_pair(q + i, uq);
+    store_pair(k + i, uk);
+  }
+  for_rest<T>(i, S, rotation, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
+    const Vec<A> zn = load(z + j, n) * scale;
+    store(q + j, turn.forth(half, zn * load(gq + j, n) + (zn + load(bq + j, n))), n);
+    store(k + j, turn.forth(half, zn * load(gk + j, n) + (zn + load(bk + j, n))), n);
+  });
 }
 
 template <class T>
 void forward(const QkNormRopeForward& args) {
   using A = stat_t<T>;
-  const int64_t S = args.S, D = args.H * S;
-  const auto* gamma = static_cast<const A*>(args.gamma);
-  const auto* beta = static_cast<const A*>(args.beta);
+  const int64_t S = args.S;
   auto* table = static_cast<double*>(args.workspace);
   make_steps(args, table);
   const A norm = A(1) / std::sqrt(static_cast<A>(S));
 
   parallel_for(args.parts.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      Rotation<A> rotation(args, table, table + (3 + 4 * part) * args.pairs);
+      Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
       for (int64_t bt = args.parts.begin(part); bt < args.parts.end(part); ++bt) {
         rotation.move_to(bt);
         for (int64_t h = 0; h < args.H; ++h) {
-          const T* z = static_cast<const T*>(args.z) + bt * D + h * S;
-          T* q = static_cast<T*>(args.q) + bt * D + h * S;
-          T* k = static_cast<T*>(args.k) + bt * D + h * S;
-          const A mean = sum_of_squares<T, A>(z, S) / static_cast<A>(S);
+          const int64_t at = (bt * args.H + h) * S;
+          const A mean = sum_of_squares<T, A>(static_cast<const T*>(args.z) + at, S) / static_cast<A>(S);
           const A rstd = A(1) / std::sqrt(mean + static_cast<A>(args.eps));
           static_cast<A*>(args.rstd)[bt * args.H + h] = rstd;
-          const A scale = rstd * norm;
-          const A *gq = gamma + h * S, *gk = gq + D, *bq = beta + h * S, *bk = bq + D;
-          for_pairs<A>(S, rotation, [&](int64_t i, int64_t n, const Turn<A>& turn, int half) {
-            const Vec<A> zn = load(z + i, n) * scale;
-            store(q + i, turn.forth(half, zn * load(gq + i, n) + zn + load(bq + i, n)), n);
-            store(k + i, turn.forth(half, zn * load(gk + i, n) + zn + load(bk + i, n)), n);
-          });
+          forward_head<T, A>(args, at, h, rotation, rstd * norm);
         }
       }
     }
@@ -186,7 +245,7 @@ void forward(const QkNormRopeForward& args) {
 
 // One token and head of backward: adds to sums [4, H S] (dgamma, then dbeta) and fills dz.
 template <class T, class A>
-void backward_head(const QkNormRopeBackward& args, int64_t bt, int64_t h, const Rotation<A>& rotation, A* sums,
+void backward_head(const QkNormRopeBackward& args, int64_t bt, int64_t h, const Rotation<T>& rotation, A* sums,
                    A* dzn) {
   constexpr int64_t W = kLanes<A>;
   const int64_t S = args.S, D = args.H * S, at = bt * D + h * S;
@@ -198,9 +257,8 @@ void backward_head(const QkNormRopeBackward& args, int64_t bt, int64_t h, const 
   const A norm = A(1) / std::sqrt(static_cast<A>(S));
   A *dgq = sums + h * S, *dgk = dgq + D, *dbq = dgk + D, *dbk = dbq + D;
   Vec<A> dot = {};
-  for_pairs<A>(S, rotation, [&](int64_t i, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
-    const Vec<A> uq = turn.back(half, load(dq + i, n)), uk = turn.back(half, load(dk + i, n));
-    const Vec<A> zn = load(z + i, n) * rstd;
+  // What is turned back, uq and uk, and the normalised zn: adds to the sums; gives dzn.
+  const auto add = [&](int64_t i, int64_t n, Vec<A> uq, Vec<A> uk, Vec<A> zn) __attribute__((always_inline)) {
     store(dbq + i, load(dbq + i, n) + uq, n);
     store(dbk + i, load(dbk + i, n) + uk, n);
     const Vec<A> scaled = zn * norm;
@@ -209,12 +267,28 @@ void backward_head(const QkNormRopeBackward& args, int64_t bt, int64_t h, const 
     const Vec<A> d = ((uq * load(gq + i, n) + uq) + (uk * load(gk + i, n) + uk)) * norm;
     store(dzn + i, d, n);
     dot = d * zn + dot;
+  };
+  int64_t i = 0;
+  for (; i + 2 * W <= S; i += 2 * W) {
+    const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
+    const Pair<A> gq_turned = load_pair(dq + i), gk_turned = load_pair(dk + i), u = load_pair(z + i);
+    for (int m = 0; m < 2; ++m) {
+      add(i + m * W, W, turn.back(m, gq_turned.v[m]), turn.back(m, gk_turned.v[m]), u.v[m] * rstd);
+    }
+  }
+  for_rest<T>(i, S, rotation, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
+    add(j, n, turn.back(half, load(dq + j, n)), turn.back(half, load(dk + j, n)), load(z + j, n) * rstd);
   });
-  const A mean = sum_lanes<A>(dot) / static_cast<A>(S);
+  const A slope = rstd * (sum_lanes<A>(dot) / static_cast<A>(S));
   T* dz = static_cast<T*>(args.dz) + at;
-  for (int64_t i = 0; i < S; i += W) {
+  for (i = 0; i + 2 * W <= S; i += 2 * W) {
+    Pair<A> u = load_pair(z + i);
+    for (int m = 0; m < 2; ++m) u.v[m] = (load(dzn + i + m * W) - u.v[m] * slope) * rstd;
+    store_pair(dz + i, u);
+  }
+  for (; i < S; i += W) {
     const int64_t n = S - i;
-    store(dz + i, (load(dzn + i, n) - load(z + i, n) * rstd * mean) * rstd, n);
+    store(dz + i, (load(dzn + i, n) - load(z + i, n) * slope) * rstd, n);
   }
 }
 
@@ -229,7 +303,7 @@ void backward(const QkNormRopeBackward& args) {
 
   parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      Rotation<A> rotation(args, table, table + (3 + 4 * part) * args.pairs);
+      Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
       A* sums = partial + part * 4 * D;
       std::memset(sums, 0, 4 * D * sizeof(A));
       for (int64_t bt = args.parts.begin(part); bt < args.parts.end(part); ++bt) {

@@ -16,92 +16,129 @@
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
-template <class T>
+template <class T, bool kWeighted>
 void forward(const RmsNormForward& args) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
   const int64_t D = args.D;
-  const auto* x = static_cast<const T*>(args.x);
   const auto* weight = static_cast<const A*>(args.weight);
-  auto* y = static_cast<T*>(args.y);
-  auto* rstd = static_cast<A*>(args.rstd);
 
   parallel_for(args.R, grain_of_rows(D), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const T* xr = x + r * D;
-      T* yr = y + r * D;
+      const T* x = static_cast<const T*>(args.x) + r * D;
+      T* y = static_cast<T*>(args.y) + r * D;
       Vec<A> sums[4] = {};
       int64_t i = 0;
       for (; i + 4 * W <= D; i += 4 * W) {
-        for (int k = 0; k < 4; ++k) {
-          const Vec<A> v = load(xr + i + k * W);
-          sums[k] = v * v + sums[k];
+        for (int k = 0; k < 4; k += 2) {
+          const Pair<A> u = load_pair(x + i + k * W);
+          for (int m = 0; m < 2; ++m) sums[k + m] = u.v[m] * u.v[m] + sums[k + m];
         }
       }
       for (; i < D; i += W) {
-        const Vec<A> v = load(xr + i, D - i);
+        const Vec<A> v = load(x + i, D - i);
         sums[0] = v * v + sums[0];
       }
       const A sum = sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
       const A scale = A(1) / std::sqrt(sum / static_cast<A>(D) + static_cast<A>(args.eps));
-      rstd[r] = scale;
-      for_vectors<A>(0, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-        const Vec<A> v = load(xr + k, n) * scale;
-        store(yr + k, weight == nullptr ? v : v * load(weight + k, n) + v, n);
+      static_cast<A*>(args.rstd)[r] = scale;
+      for (i = 0; i + 2 * W <= D; i += 2 * W) {
+        Pair<A> u = load_pair(x + i);
+        for (Vec<A>& v : u.v) v *= scale;
+        if constexpr (kWeighted) {
+          const Pair<A> w = load_pair(weight + i);
+          for (int m = 0; m < 2; ++m) u.v[m] = u.v[m] * w.v[m] + u.v[m];
+        }
+        store_pair(y + i, u);
+      }
+      for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+        const Vec<A> v = load(x + k, n) * scale;
+        store(y + k, kWeighted ? v * load(weight + k, n) + v : v, n);
       });
     }
   });
 }
 
-template <class T>
+// One row of backward: dx, and what it adds to dweight.
+template <class T, bool kWeighted>
+__attribute__((always_inline)) inline void backward_row(const T* dy, const T* x, const stat_t<T>* weight,
+                                                        stat_t<T> rstd, int64_t D, T* dx, stat_t<T>* dw) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  Vec<A> sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= D; i += 2 * W) {
+    const Pair<A> g = load_pair(dy + i), v = load_pair(x + i);
+    Pair<A> w{};
+    if constexpr (kWeighted) w = load_pair(weight + i);
+    for (int m = 0; m < 2; ++m) {
+      const Vec<A> xh = v.v[m] * rstd;
+      const Vec<A> gxh = g.v[m] * xh;
+      sums[m] += kWeighted ? gxh * w.v[m] + gxh : gxh;
+      if constexpr (kWeighted) store(dw + i + m * W, load(dw + i + m * W) + gxh);
+    }
+  }
+  const int64_t pairs_end = i;
+  for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    const Vec<A> gxh = load(dy + k, n) * (load(x + k, n) * rstd);
+    sums[0] += kWeighted ? gxh * load(weight + k, n) + gxh : gxh;
+    if constexpr (kWeighted) store(dw + k, load(dw + k, n) + gxh, n);
+  });
+  const A slope = rstd * (sum_lanes<A>(sums[0] + sums[1]) / static_cast<A>(D));
+  for (i = 0; i < pairs_end; i += 2 * W) {
+    const Pair<A> g = load_pair(dy + i), v = load_pair(x + i);
+    Pair<A> w{};
+    if constexpr (kWeighted) w = load_pair(weight + i);
+    Pair<A> out;
+    for (int m = 0; m < 2; ++m) {
+      const Vec<A> u = kWeighted ? g.v[m] * w.v[m] + g.v[m] : g.v[m];
+      out.v[m] = (u - v.v[m] * slope) * rstd;
+    }
+    store_pair(dx + i, out);
+  }
+  for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    const Vec<A> g = load(dy + k, n);
+    const Vec<A> u = kWeighted ? g * load(weight + k, n) + g : g;
+    store(dx + k, (u - load(x + k, n) * slope) * rstd, n);
+  });
+}
+
+template <class T, bool kWeighted>
 void backward(const RmsNormBackward& args) {
   using A = stat_t<T>;
   const int64_t D = args.D;
-  const auto* dy = static_cast<const T*>(args.dy);
-  const auto* x = static_cast<const T*>(args.x);
   const auto* weight = static_cast<const A*>(args.weight);
-  const auto* rstd = static_cast<const A*>(args.rstd);
-  auto* dx = static_cast<T*>(args.dx);
   auto* partial = static_cast<A*>(args.workspace);
   const Parts parts = args.parts;
 
   parallel_for(parts.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      A* dw = weight == nullptr ? nullptr : partial + p * D;
-      if (dw != nullptr) std::memset(dw, 0, D * sizeof(A));
+      A* dw = kWeighted ? partial + p * D : nullptr;
+      if constexpr (kWeighted) std::memset(dw, 0, D * sizeof(A));
       for (int64_t r = parts.begin(p); r < parts.end(p); ++r) {
-        const T* dyr = dy + r * D;
-        const T* xr = x + r * D;
-        const A scale = rstd[r];
-        Vec<A> sums = {};
-        for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-          const Vec<A> g = load(dyr + i, n);
-          const Vec<A> xh = load(xr + i, n) * scale;
-          const Vec<A> u = weight == nullptr ? g : g * load(weight + i, n) + g;
-          sums = u * xh + sums;
-          if (dw != nullptr) store(dw + i, g * xh + load(dw + i, n), n);
-        });
-        const A mean = sum_lanes<A>(sums) / static_cast<A>(D);
-        for_vectors<A>(0, D, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-          const Vec<A> g = load(dyr + i, n);
-          const Vec<A> xh = load(xr + i, n) * scale;
-          const Vec<A> u = weight == nullptr ? g : g * load(weight + i, n) + g;
-          store(dx + r * D + i, (u - xh * mean) * scale, n);
-        });
+        backward_row<T, kWeighted>(static_cast<const T*>(args.dy) + r * D, static_cast<const T*>(args.x) + r * D,
+                                   weight, static_cast<const A*>(args.rstd)[r], D, static_cast<T*>(args.dx) + r * D,
+                                   dw);
       }
     }
   });
-  if (weight != nullptr) add_parts(partial, parts.parts, D, static_cast<A*>(args.dweight));
+  if constexpr (kWeighted) add_parts(partial, parts.parts, D, static_cast<A*>(args.dweight));
 }
 
 }  // namespace
 
 void rms_norm_forward(const RmsNormForward& args) {
-  visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    args.weight == nullptr ? forward<T, false>(args) : forward<T, true>(args);
+  });
 }
 
 void rms_norm_backward(const RmsNormBackward& args) {
-  visit_activation(args.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
+  visit_activation(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    args.weight == nullptr ? backward<T, false>(args) : backward<T, true>(args);
+  });
 }
 
 }  // namespace megalodon::cpu::MEGALODON_ISA
