@@ -105,11 +105,12 @@ struct Groups {
     }
   }
 
-  // The same, but two adjacent vectors at a time where there are two and kPairs: pair(j0, j1, i), j0 and j1 being their
-  // indices.
+  // The same, but two adjacent vectors at a time where there are two, kPairs, and the whole block: pair(j0, j1, i), j0
+  // and j1 being their indices.
   template <bool kPairs, class F2, class F>
   __attribute__((always_inline)) void for_each_pair(int64_t g, const F2& pair, const F& single) const {
     if constexpr (kPairs && P > 1) {
+      if (g + W > groups) return for_each_vector(g, single);
       for (int64_t j = 0; j < kVectors; j += kUnrolled) {
         for_each_index([&](int k)
                            __attribute__((always_inline)) { pair(j + 2 * k, j + 2 * k + 1, g * P + (j + 2 * k) * W); },
