@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.nn.linear import linear
 from megalodon_ops.training.loop import make_optimizer, training_step
-from megalodon_ops.training.options import DEMO_SHAPE, VOCABULARY, TrainOptions
+from megalodon_ops.training.options import DEMO_SHAPE, TrainOptions
 
 LENGTHS = (512, 2048, 8192, 65536)
 POSITIONS = (500, 10_000, 1_000_000)
@@ -38,7 +38,7 @@ def _all_cores(_threads: None) -> None:
 
 def _model() -> Megalodon:
     torch.manual_seed(0)
-    return Megalodon(MegalodonConfig(**DEMO_SHAPE, **VOCABULARY))
+    return Megalodon(MegalodonConfig(**DEMO_SHAPE, vocab_size=256, output_size=256))
 
 
 def _batch(length: int) -> tuple[Tensor, Tensor]:

@@ -75,3 +75,10 @@ def test_a_time_limit() -> None:
     with time_limit(0.05):
         pass
     time.sleep(0.1)  # nothing is left of it
+
+
+def test_every_file_of_the_benches_can_be_read() -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--collect-only"]
+    command += ["-o", "python_files=bench_*.py", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
