@@ -36,9 +36,10 @@ MODEL_TITLE = (
     " layer, from forward to backward."
 )
 COLUMNS = (
-    "| op | shape | dtype | pass | ours ms | floor | % of floor | best peer | ratio | A/A | error |"
+    "| op | shape | dtype | threads | pass | ours ms | floor | % of floor | best peer | ratio | A/A"
+    " | error |"
 )
-RULE = "|---|---|---|---|--:|---|--:|---|--:|--:|--:|"
+RULE = "|---|---|---|--:|---|--:|---|--:|---|--:|--:|--:|"
 ALL_OPS = [op.name for op in registry]
 CUDA_OPS = [op for op in ALL_OPS if (ROOT / "cuda" / "ops" / f"{op}.cu").exists()]
 
@@ -49,6 +50,7 @@ def _row(row: dict[str, Any]) -> str:
         f"`{row['op']}`",
         row["shape"],
         row["dtype"],
+        str(row["threads"]),
         row["direction"],
         f"{row['ours_ms']:.3g}"
         + (
@@ -67,7 +69,7 @@ def _row(row: dict[str, Any]) -> str:
 
 
 def _not_yet(op: str) -> str:
-    return f"| `{op}` | not yet measured | | | | | | | | | |"
+    return f"| `{op}` | not yet measured | | | | | | | | | | |"
 
 
 MODEL_COLUMNS = "| | dtype | at | us/token | tokens/s | % of floor | bytes kept | error |"

@@ -1,6 +1,7 @@
 """Fixtures that every test file shares."""
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import backend  # before megalodon_ops, whose extension module it may replace
@@ -19,6 +20,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("default")
+
+# A shell ignores Ctrl-C in what it runs in the background, and all that starts there inherits it;
+# some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,6 +1,7 @@
 """The references against the official code's numbers, and against the laws that need no data."""
 
 import math
+from itertools import pairwise
 
 import golden
 import pytest
@@ -272,13 +273,34 @@ def test_half_activations_are_computed_in_float32(dtype: torch.dtype) -> None:
         assert torch.equal(half[-1], full[-1])
 
 
-def test_packed_rows_are_refused() -> None:
-    x, p, zero, ends = randn(1, 2, 4), cema_parameters(4, 2), randn(2, 4), torch.tensor([0, 2])
-    with pytest.raises(NotImplementedError, match="cema: cu_seqlens is not implemented yet on cpu"):
-        reference.cema(x, *p, cu_seqlens=ends)
-    with pytest.raises(NotImplementedError, match="timestep_norm: cu_seqlens"):
-        reference.timestep_norm(x, zero[0], zero[0], 2, cu_seqlens=ends)
-    with pytest.raises(NotImplementedError, match="qk_norm_rope: cu_seqlens"):
-        reference.qk_norm_rope(x, zero, zero, 1, 2, cu_seqlens=ends)
-    with pytest.raises(NotImplementedError, match="chunk_attention: cu_seqlens"):
-        reference.chunk_attention(x[..., None], x[..., None], x[..., None], 2, cu_seqlens=ends)
+def test_packed_rows_are_segments_alone() -> None:
+    """With states, positions and DropKey, which knows a segment by its number."""
+    x, p, g, bounds = randn(1, 7, 4), cema_parameters(4, 2), randn(2, 4), torch.tensor([0, 3, 3, 7])
+    heads = x.unflatten(2, (2, 2))
+    h0, caches, start = randn(3, 4, 2, 2), randn(2, 3, 3, 2, 2), torch.tensor([2, 0, 4])
+    norm = start, randn(3, 2), randn(3, 2).square()
+    mask = torch.tensor([[False, True, False, False, False, True, False]])
+    y, h = reference.cema(x, *p, h0, bounds)
+    normed = reference.timestep_norm(x, g[0], g[1], 2, 1e-5, *norm, mask, bounds)
+    q = reference.qk_norm_rope(x, g, g, 2, 3, 10000.0, start, 1e-5, bounds)
+    drop = 3, 0.5, 7
+    o, lse = reference.chunk_attention(heads, heads, heads, *drop, bounds, *caches, start)
+    for i, (a, b) in enumerate(pairwise(bounds.tolist())):
+        one, t = slice(i, i + 1), slice(a, b)
+        alone = reference.cema(x[:, t], *p, h0[one])
+        assert torch.equal(y[:, t], alone[0])
+        assert torch.equal(h[one], alone[1])
+        state = (part[one] for part in norm)
+        single = reference.timestep_norm(x[:, t], g[0], g[1], 2, 1e-5, *state, mask[:, t])
+        for got, want, where in zip(normed, single, (t, one, one, one, t, t), strict=True):
+            assert torch.equal(got[:, where] if where is t else got[where], want)
+        turned = reference.qk_norm_rope(x[:, t], g, g, 2, 3, position=start[one])
+        for got, want in zip(q, turned, strict=True):
+            assert torch.equal(got[:, t], want)
+        rows = heads[:, t].expand(i + 1, -1, -1, -1)
+        kept = (c[one].expand(i + 1, -1, -1, -1) for c in caches)
+        batch = reference.chunk_attention(
+            rows, rows, rows, *drop, None, *kept, start[one].expand(i + 1)
+        )
+        torch.testing.assert_close(o[0, t], batch[0][i], rtol=0, atol=1e-12)
+        torch.testing.assert_close(lse[0, :, t], batch[1][i], rtol=0, atol=1e-12)

@@ -259,6 +259,32 @@ void Checker::not_negative(const char* name, const int64_t* values, int64_t coun
   }
 }
 
+Sequences Checker::sequences(const Tensor& x, const DLTensor* cu_seqlens) {
+  if (cu_seqlens == nullptr) return Sequences::of_rows(x.shape[0], x.shape[1]);
+  const Tensor ends = view("cu_seqlens", cu_seqlens);
+  if (ends.dtype != DType::kInt32 && ends.dtype != DType::kInt64) {
+    fail(MEGALODON_TYPE_ERROR, ends.name, "int32 or int64", dtype_text(ends.dtype));
+  }
+  require(ends.ndim == 1 && ends.shape[0] >= 2, ends.name, "[segments + 1] with at least one segment",
+          shape_text(ends.shape, ends.ndim));
+  require(x.shape[0] == 1, x.name, "one packed row, [1, T, ...], where cu_seqlens is given",
+          shape_text(x.shape, x.ndim));
+  const int64_t T = x.shape[1];
+  const Sequences sequences{ends.shape[0] - 1, T, ends.data, ends.dtype == DType::kInt64, true};
+  if (ends.data == nullptr || device_.device_type != kDLCPU) return sequences;
+  const auto at = [&](int64_t i) {
+    return sequences.is_int64 ? static_cast<const int64_t*>(ends.data)[i] : static_cast<const int32_t*>(ends.data)[i];
+  };
+  require(at(0) == 0, ends.name, "0 at first", std::to_string(at(0)));
+  for (int64_t i = 1; i <= sequences.count; ++i) {
+    require(at(i) >= at(i - 1), ends.name, "ascending",
+            std::to_string(at(i)) + " after " + std::to_string(at(i - 1)) + " at [" + std::to_string(i) + "]");
+  }
+  require(at(sequences.count) == T, ends.name, "T = " + std::to_string(T) + " (" + x.name + ".shape[1]) at last",
+          std::to_string(at(sequences.count)));
+  return sequences;
+}
+
 void Checker::no_cu_seqlens(const DLTensor* cu_seqlens) const {
   if (cu_seqlens == nullptr) return;
   not_implemented("cu_seqlens on " + device_text(cu_seqlens->device));

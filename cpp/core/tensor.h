@@ -11,6 +11,7 @@
 #include <string>
 
 #include "core/dtype.h"
+#include "core/sequences.h"
 #include "megalodon.h"
 
 namespace megalodon {
@@ -81,6 +82,13 @@ class Checker {
   void positive(const char* name, double value) const;  // and finite
   // The elements of an int64 tensor, which are data: read on the CPU alone. nullptr is right.
   void not_negative(const char* name, const int64_t* values, int64_t count) const;
+  // The sequences of x (B, L, ...), or (1, T, ...) with the optional cu_seqlens (segments + 1) int32 or int64. Their
+  // values are read on the CPU alone.
+  Sequences sequences(const Tensor& x, const DLTensor* cu_seqlens);
+  // How many they are, for the rows of states: B or segments.
+  static Dim rows_of(const Tensor& x, const Sequences& sequences) {
+    return sequences.packed ? Dim{"segments", sequences.count} : x.dim(0, "B");
+  }
   // Throws NotImplementedError if the optional cu_seqlens is given.
   void no_cu_seqlens(const DLTensor* cu_seqlens) const;
 

@@ -9,6 +9,7 @@ joining once torch is there.
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -79,6 +80,13 @@ class Maker:
         import torch
 
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def bounds(self, *lengths: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """cu_seqlens of segments of these lengths, int64 unless said otherwise."""
+        import torch
+
+        ends = [0, *itertools.accumulate(lengths)]
+        return torch.tensor(ends, dtype=dtype or torch.int64, device=self.device)
 
     def mask(self, *shape: int, probability: float = 0.3) -> torch.Tensor:
         """A bool tensor, True with this probability."""

@@ -33,6 +33,11 @@ def stat(x: Tensor, *shape: int | torch.SymInt) -> Tensor:
     return x.new_empty(shape, dtype=stat_dtype(x))
 
 
+def sequences(x: Tensor, cu_seqlens: Tensor | None) -> int | torch.SymInt:
+    """Rows that a state has: one per row of x (B, ...), or one per segment of a packed row."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def row_stat(x: Tensor) -> Tensor:
     """One number per row of x: its shape without the last dimension."""
     return stat(x, *x.shape[:-1])

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import refuse_cu_seqlens, stat_dtype
+from ._common import per_segment, row, stat_dtype
 
 
 def cema_coefficients(
@@ -54,10 +54,16 @@ def cema(
 
     Shapes: x (B, L, D); alpha, delta (D, N); theta, omega (D); gamma (D, N, 2); h0 (B, D, N, 2),
     last axis (re, im). Returns y (B, L, D) in x's dtype and the last state h (B, D, N, 2), not
-    multiplied by g. Raises NotImplementedError if cu_seqlens is given. `algorithm` is ignored.
-    Differentiable in every floating-point argument.
+    multiplied by g. With cu_seqlens (segments + 1), x is (1, T, D), every segment is run alone, and
+    h0 and h have a row per segment. `algorithm` is ignored. Differentiable in every floating-point
+    argument.
     """
-    refuse_cu_seqlens("cema", cu_seqlens, x)
+    if cu_seqlens is not None:
+        return per_segment(
+            lambda i, t: cema(x[:, t], alpha, delta, theta, gamma, omega, row(h0, i)),
+            cu_seqlens,
+            dims=(1, 0),
+        )
     stat = stat_dtype(x)
     a, rho, phi, g = cema_coefficients(alpha, delta, theta, gamma)
     a, q, g = a.to(stat), torch.polar(rho, phi).to(stat.to_complex()), g.to(stat.to_complex())

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import refuse_cu_seqlens, stat_dtype
+from ._common import per_segment, row, stat_dtype
 
 WORD = 0xFFFFFFFF
 
@@ -34,7 +34,9 @@ def philox4x32_10(
     return c0, c1, c2, c3
 
 
-def dropkey_mask(seed: int, dropout_p: float, num_heads: int, i: Tensor, j: Tensor) -> Tensor:
+def dropkey_mask(
+    seed: int, dropout_p: float, num_heads: int, i: Tensor, j: Tensor, first_row: int = 0
+) -> Tensor:
     """Which keys each query drops.
 
     For row b, head h, query position i and key position j (absolute in the row, so a row cut into
@@ -43,12 +45,12 @@ def dropkey_mask(seed: int, dropout_p: float, num_heads: int, i: Tensor, j: Tens
         words = philox4x32-10(counter = (j >> 2, i, h, b), key = (seed mod 2^32, seed div 2^32))
         dropped = words[j & 3] < floor(dropout_p * 2^32)
 
-    seed is an int64, taken as its 64 bits; dropout_p in [0, 1). i (B, Lq), j (B, Lk) int64. Returns
-    (B, H, Lq, Lk) bool.
+    seed is an int64, taken as its 64 bits; dropout_p in [0, 1). i (B, Lq), j (B, Lk) int64; b
+    counts from first_row. Returns (B, H, Lq, Lk) bool.
     """
     i, j = i[:, None, :, None] & WORD, j[:, None, None, :] & WORD
     h = torch.arange(num_heads, device=i.device)[:, None, None]
-    b = torch.arange(i.shape[0], device=i.device)[:, None, None, None]
+    b = torch.arange(first_row, first_row + i.shape[0], device=i.device)[:, None, None, None]
     words = philox4x32_10((j >> 2, i, h, b), (seed & WORD, seed >> 32 & WORD))
     lane = j & 3
     pair0 = torch.where(lane == 0, words[0], words[1])
@@ -79,10 +81,33 @@ def chunk_attention(
 
     Shapes: q, k (B, L, H, S); v (B, L, H, E); k_cache (B, C, H, S), v_cache (B, C, H, E) and
     position (B) int64 together or not at all. Returns o (B, L, H, E) in q's dtype and lse (B, H,
-    L), the logarithm of each softmax's denominator. Raises NotImplementedError if cu_seqlens is
-    given. Differentiable in q, k, v, k_cache, v_cache; o only, not lse.
+    L), the logarithm of each softmax's denominator. With cu_seqlens (segments + 1), q, k and v are
+    (1, T, H, S or E), every segment is run alone (its number is b for DropKey), and the caches and
+    position have a row per segment. Differentiable in q, k, v, k_cache, v_cache; o only, not lse.
     """
-    refuse_cu_seqlens("chunk_attention", cu_seqlens, q)
+    if cu_seqlens is not None:
+
+        def alone(i: int, t: slice) -> tuple[Tensor, Tensor]:
+            state = row(k_cache, i), row(v_cache, i), row(position, i)
+            return _attend(q[:, t], k[:, t], v[:, t], chunk_size, dropout_p, seed, *state, i)
+
+        return per_segment(alone, cu_seqlens, dims=(1, 2))
+    return _attend(q, k, v, chunk_size, dropout_p, seed, k_cache, v_cache, position, 0)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    dropout_p: float,
+    seed: int,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    position: Tensor | None,
+    first_row: int,
+) -> tuple[Tensor, Tensor]:
+    """chunk_attention of rows that DropKey knows as first_row, first_row + 1, .."""
     stat = stat_dtype(q)
     B, L, H, _ = q.shape
     C = chunk_size
@@ -102,7 +127,7 @@ def chunk_attention(
     query, key = i[:, None, :, None], j[:, None, None, :]
     hidden = (key > query) | (key.div(C, rounding_mode="floor") != query // C)
     if dropout_p > 0:
-        hidden = hidden | dropkey_mask(seed, dropout_p, H, i, j)
+        hidden = hidden | dropkey_mask(seed, dropout_p, H, i, j, first_row)
 
     scores = torch.einsum("bihs,bjhs->bhij", q.to(stat), k.to(stat)).masked_fill(hidden, -math.inf)
     weights = scores.softmax(-1).masked_fill(hidden, 0)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import refuse_cu_seqlens, stat_dtype
+from ._common import per_segment, row, stat_dtype
 from .rms_norm import rms_norm
 
 
@@ -43,10 +43,16 @@ def qk_norm_rope(
 
     Shapes: z (B, L, H S); gamma, beta (2, H S), row 0 for q and row 1 for k; position (B) int64,
     the absolute position of each row's first token (0 if None). Returns q, k (B, L, H, S) in z's
-    dtype and rstd (B, L, H). Raises NotImplementedError if cu_seqlens is given. Differentiable in
-    z, gamma, beta.
+    dtype and rstd (B, L, H). With cu_seqlens (segments + 1), z is (1, T, H S), every segment is run
+    alone, and position is (segments). Differentiable in z, gamma, beta.
     """
-    refuse_cu_seqlens("qk_norm_rope", cu_seqlens, z)
+    if cu_seqlens is not None:
+        sizes = num_heads, chunk_size, rope_base
+        return per_segment(
+            lambda i, t: qk_norm_rope(z[:, t], gamma, beta, *sizes, row(position, i), eps),
+            cu_seqlens,
+            dims=(1, 1, 1),
+        )
     stat = stat_dtype(z)
     B, L, _ = z.shape
     heads = (num_heads, z.shape[-1] // num_heads)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._common import refuse_cu_seqlens, stat_dtype
+from ._common import per_segment, row, stat_dtype
 
 
 def timestep_norm(
@@ -31,10 +31,17 @@ def timestep_norm(
     Shapes: x (B, L, D); weight, bias (D); count (B) int64; mean, var (B, G); padding_mask (B, L)
     bool. Without a state the start is n = 0, M = 0, V = 1. Returns y (B, L, D) in x's dtype, the
     last count, mean and var, and step_mean = M' and step_rstd = 1 / sqrt(V' + eps) of every step,
-    (B, L, G). Raises NotImplementedError if cu_seqlens is given. Differentiable in x, weight, bias,
-    mean, var.
+    (B, L, G). With cu_seqlens (segments + 1), x is (1, T, D), every segment is run alone, and
+    count, mean and var have a row per segment. Differentiable in x, weight, bias, mean, var.
     """
-    refuse_cu_seqlens("timestep_norm", cu_seqlens, x)
+    if cu_seqlens is not None:
+
+        def alone(i: int, t: slice) -> tuple[Tensor, ...]:
+            state = row(count, i), row(mean, i), row(var, i)
+            mask = None if padding_mask is None else padding_mask[:, t]
+            return timestep_norm(x[:, t], weight, bias, num_groups, eps, *state, mask)
+
+        return per_segment(alone, cu_seqlens, dims=(1, 0, 0, 0, 1, 1))
     stat = stat_dtype(x)
     B, L, D = x.shape
     G = num_groups
