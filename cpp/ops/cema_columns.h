@@ -13,11 +13,11 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the batch. The
+// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the sequences. The
 // parts of a column are neighbours, so that mostly one thread has them all, and the column's tables in its cache.
 template <class Body>
 void for_columns(const CemaShape& shape, int64_t begin, int64_t end, Body&& body) {
-  const int64_t parts = shape.parts().parts;
+  const int64_t parts = shape.parts();
   while (begin < end) {
     const int64_t column = begin / parts, part = begin % parts, whole = (end - begin) / parts;
     if (part == 0 && whole > 0) {
@@ -47,13 +47,13 @@ void for_wavelets(int64_t N, Body&& body) {
   if (n < N) body(std::integral_constant<int, 1>{}, n);
 }
 
-// Calls body(index in a tensor [B, D, N, 2], entry of `state` [N, 2, lanes]) for row b and the channels from d on.
+// Calls body(index in a tensor [B, D, N, 2], entry of `state` [N, 2, lanes]) for row i and the channels from d on.
 template <class A, class Body>
-void for_state(const CemaShape& shape, int64_t b, int64_t d, A* state, Body&& body) {
+void for_state(const CemaShape& shape, int64_t i, int64_t d, A* state, Body&& body) {
   constexpr int64_t W = kLanes<A>;
   for (int64_t l = 0; l < W && d + l < shape.D; ++l) {
-    const int64_t at = (b * shape.D + d + l) * shape.N * 2;
-    for (int64_t i = 0; i < 2 * shape.N; ++i) body(at + i, state[i * W + l]);
+    const int64_t at = (i * shape.D + d + l) * shape.N * 2;
+    for (int64_t e = 0; e < 2 * shape.N; ++e) body(at + e, state[e * W + l]);
   }
 }
 
