@@ -85,6 +85,11 @@ __global__ void __launch_bounds__(kThreads) cema_gradients_kernel(GradientArgs<A
 
 unsigned blocks_of(int64_t wavelets) { return static_cast<unsigned>(ceil_div(wavelets, kThreads)); }
 
+template <class A>
+dim3 carry_grid(const CarryArgs<A>& args, int64_t wavelets) {
+  return dim3(blocks_of(wavelets), static_cast<unsigned>(args.parts.parts));
+}
+
 template <class A, class Args>
 void make_table(const Args& args, double* table, void* stream) {
   launch({"cema_table", dim3(blocks_of(args.D * args.N)), dim3(kThreads), 0, stream}, cema_table_kernel<A>,
@@ -96,12 +101,9 @@ template <class T, class Args>
 ScanArgs<T> scan_args(const Args& args, const Plan& plan) {
   ScanArgs<T> scan{};
   scan.omega = static_cast<const stat_t<T>*>(args.omega);
-  scan.L = args.L;
   scan.D = args.D;
   scan.N = args.N;
-  scan.parts = plan.parts;
-  scan.chunks = plan.chunks;
-  scan.length = plan.length;
+  scan.cut = plan.cut;
   return scan;
 }
 
@@ -120,7 +122,7 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
   using A = stat_t<T>;
   const int64_t wavelets = args.D * args.N;
   auto* carries = static_cast<double*>(args.workspace);  // first, since they are read 16 bytes at a time
-  double* table = carries + args.B * (plan.chunks - 1) * wavelets * 2;
+  double* table = carries + plan.cut.places() * wavelets * 2;
   make_table<A>(args, table, stream);
   ScanArgs<T> scan = scan_args<T>(args, plan);
   scan.in = static_cast<const T*>(args.x);
@@ -132,43 +134,43 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
   if (Plan::has_groups(args.N)) scan.partial = reinterpret_cast<A*>(table + kTableRows * wavelets);
   scan.packed = can_pack<T>(args.D, args.x, args.y);
   const int64_t shared = Tiles<T, kLanes>::bytes(1);
-  const auto tiles = static_cast<unsigned>(plan.tiles);
-  const auto walk = [&](auto kernel, const char* name, int64_t rows) {
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts()));
+  const auto walk = [&](auto kernel, const char* name) {
     for (scan.first = 0; scan.first < args.N; scan.first += kEach * kLanes) {
-      launch({name, dim3(tiles, static_cast<unsigned>(rows)), dim3(kThreads), shared, stream}, kernel, scan);
+      launch({name, grid, dim3(kThreads), shared, stream}, kernel, scan);
     }
   };
-  if (plan.chunks > 1) {
-    walk(cema_forward_kernel<T, kLanes, true>, "cema_forward_ends", args.B * (plan.chunks - 1));
-    launch({"cema_forward_carry", dim3(blocks_of(wavelets), static_cast<unsigned>(args.B)), dim3(kThreads), 0, stream},
-           cema_forward_carry_kernel<A>, CarryArgs<A>{scan.start, scan.carries}, Parameters<A>::of(args), args.D,
-           plan.chunks - 1, plan.length);
+  if (plan.cut.cuts()) {
+    walk(cema_forward_kernel<T, kLanes, true>, "cema_forward_ends");
+    const auto carry = CarryArgs<A>::of(plan.cut, scan.start, scan.carries);
+    launch({"cema_forward_carry", carry_grid(carry, wavelets), dim3(kThreads), 0, stream}, cema_forward_carry_kernel<A>,
+           carry, Parameters<A>::of(args), args.D);
   }
-  walk(cema_forward_kernel<T, kLanes, false>, "cema_forward", plan.sums());
+  walk(cema_forward_kernel<T, kLanes, false>, "cema_forward");
 }
 
-// h alone, where h0 is 0: the ends of all chunks, put together.
+// h alone, of rows and where h0 is 0: the ends of all pieces, put together.
 template <class T, int kLanes>
 void last_state(const CemaForward& args, const Plan& plan, void* stream) {
   using A = stat_t<T>;
   const int64_t wavelets = args.D * args.N;
   auto* ends = static_cast<double*>(args.workspace);
-  double* table = ends + args.B * plan.chunks * wavelets * 2;
+  double* table = ends + plan.cut.ends() * wavelets * 2;
   make_table<A>(args, table, stream);
   ScanArgs<T> scan = scan_args<T>(args, plan);
-  scan.chunks = plan.chunks + 1;  // as if there were one more, for which the last one leaves its end
+  scan.keeps_ends = true;
   scan.in = static_cast<const T*>(args.x);
   scan.table = table;
   scan.carries = ends;
   scan.packed = can_pack<T>(args.D, args.x);
-  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.sums()));
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts()));
   for (scan.first = 0; scan.first < args.N; scan.first += kEach * kLanes) {
     launch({"cema_last_ends", grid, dim3(kThreads), Tiles<T, kLanes>::bytes(1), stream},
            cema_forward_kernel<T, kLanes, true>, scan);
   }
-  launch({"cema_last_state", dim3(blocks_of(args.B * wavelets)), dim3(kThreads), 0, stream}, cema_last_state_kernel<A>,
-         static_cast<const double*>(ends), Parameters<A>::of(args), static_cast<A*>(args.h), args.B, args.L, args.D,
-         plan.chunks, plan.length);
+  launch({"cema_last_state", dim3(blocks_of(args.sequences.count * wavelets)), dim3(kThreads), 0, stream},
+         cema_last_state_kernel<A>, static_cast<const double*>(ends), Parameters<A>::of(args), static_cast<A*>(args.h),
+         plan.cut, args.D);
 }
 
 // ---- by matrix instructions (cema_mma.cu) ---------------------------------------------------------------------------
@@ -186,20 +188,18 @@ void walk_by_products(const Args& args, bool reverse, const void* in, void* out,
   walk.start = static_cast<const float*>(start);
   walk.last = static_cast<float*>(last);
   walk.carries = static_cast<double*>(args.workspace);
-  walk.B = args.B;
-  walk.L = args.L;
   walk.D = args.D;
   walk.N = args.N;
-  walk.plan = MmaPlan::of(args.B, args.L, args.D);
-  const int64_t cuts = walk.plan.chunks - 1;
-  auto* table = reinterpret_cast<unsigned char*>(walk.carries + args.B * cuts * args.D * args.N * 2);
+  walk.plan = MmaPlan::of(args.sequences, args.D);
+  const CemaCut& cut = walk.plan.cut;
+  auto* table = reinterpret_cast<unsigned char*>(walk.carries + cut.places() * args.D * args.N * 2);
   walk.table = table;
   cema_mma_table(parameters, static_cast<const float*>(args.omega), args.D, reverse, table, stream);
-  if (cuts > 0) {
+  if (cut.cuts()) {
     cema_mma_ends(walk, stream);
-    launch({"cema_carry", dim3(blocks_of(args.D * args.N), static_cast<unsigned>(args.B)), dim3(kThreads), 0, stream},
-           reverse ? cema_adjoint_carry_kernel<float> : cema_forward_carry_kernel<float>,
-           CarryArgs<float>{walk.start, walk.carries}, parameters, args.D, cuts, walk.plan.length);
+    const auto carry = CarryArgs<float>::of(cut, walk.start, walk.carries);
+    launch({"cema_carry", carry_grid(carry, args.D * args.N), dim3(kThreads), 0, stream},
+           reverse ? cema_adjoint_carry_kernel<float> : cema_forward_carry_kernel<float>, carry, parameters, args.D);
   }
   cema_mma_walk(walk, stream);
 }
@@ -212,7 +212,7 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   if (by_products) walk_by_products(args, true, args.dy, args.dx, args.dh, nullptr, stream);
   const unsigned scans = by_products ? 1 : 2;
   auto* carries = reinterpret_cast<double*>(static_cast<char*>(args.workspace) + args.product_bytes());
-  double* table = carries + args.B * (plan.chunks - 1) * wavelets * 6;
+  double* table = carries + plan.cut.places() * wavelets * 6;
   make_table<A>(args, table, stream);
   ScanArgs<T> adjoint = scan_args<T>(args, plan);
   adjoint.table = table;
@@ -220,9 +220,9 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   adjoint.packed = can_pack<T>(args.D, args.x, args.dy, args.dx);
   ScanArgs<T> sensitivity = adjoint;
   adjoint.carries = carries;
-  sensitivity.carries = carries + args.B * (plan.chunks - 1) * wavelets * 2;
+  sensitivity.carries = carries + plan.cut.places() * wavelets * 2;
   double* sums = table + kTableRows * wavelets;
-  double* total = sums + plan.sums() * args.cuda_sums();
+  double* total = sums + plan.parts() * args.cuda_sums();
   adjoint.sums = sensitivity.sums = sums;
   if (Plan::has_groups(args.N)) adjoint.partial = reinterpret_cast<A*>(total + args.cuda_sums());
   adjoint.in = sensitivity.other = static_cast<const T*>(args.dy);
@@ -232,26 +232,26 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   adjoint.last = static_cast<A*>(args.dh0);
   sensitivity.start = static_cast<const A*>(args.h0);
   const int64_t shared = Tiles<T, kLanes>::bytes(2);
-  const auto tiles = static_cast<unsigned>(plan.tiles);
-  const auto walk = [&](auto kernel, const char* name, int64_t rows) {
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts()), scans);
+  const auto walk = [&](auto kernel, const char* name) {
     for (int64_t first = 0; first < args.N; first += kEach * kLanes) {
       adjoint.first = sensitivity.first = first;
-      launch({name, dim3(tiles, static_cast<unsigned>(rows), scans), dim3(kThreads), shared, stream}, kernel,
-             sensitivity, adjoint);
+      launch({name, grid, dim3(kThreads), shared, stream}, kernel, sensitivity, adjoint);
     }
   };
-  if (plan.chunks > 1) {
-    walk(cema_backward_kernel<T, kLanes, true>, "cema_backward_ends", args.B * (plan.chunks - 1));
-    launch({"cema_backward_carry", dim3(blocks_of(wavelets), static_cast<unsigned>(args.B), scans), dim3(kThreads), 0,
-            stream},
-           cema_backward_carry_kernel<A>, CarryArgs<A>{sensitivity.start, sensitivity.carries},
-           CarryArgs<A>{adjoint.start, adjoint.carries}, Parameters<A>::of(args), args.D, plan.chunks - 1, plan.length);
+  if (plan.cut.cuts()) {
+    walk(cema_backward_kernel<T, kLanes, true>, "cema_backward_ends");
+    const auto carry = CarryArgs<A>::of(plan.cut, sensitivity.start, sensitivity.carries);
+    dim3 carries_grid = carry_grid(carry, wavelets);
+    carries_grid.z = scans;
+    launch({"cema_backward_carry", carries_grid, dim3(kThreads), 0, stream}, cema_backward_carry_kernel<A>, carry,
+           CarryArgs<A>::of(plan.cut, adjoint.start, adjoint.carries), Parameters<A>::of(args), args.D);
   }
-  walk(cema_backward_kernel<T, kLanes, false>, "cema_backward", plan.sums());
-  const bool few = plan.sums() <= Plan::kFewParts;
-  if (!few) add_parts(sums, plan.sums(), args.cuda_sums(), total, stream);
+  walk(cema_backward_kernel<T, kLanes, false>, "cema_backward");
+  const bool few = plan.parts() <= Plan::kFewParts;
+  if (!few) add_parts(sums, plan.parts(), args.cuda_sums(), total, stream);
   const GradientArgs<A> gradients{few ? sums : total,
-                                  few ? plan.sums() : 1,
+                                  few ? plan.parts() : 1,
                                   args.cuda_sums(),
                                   args.D,
                                   !by_products,
@@ -267,7 +267,7 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
 }  // namespace
 
 void cema_forward(const CemaForward& args, void* stream) {
-  if (args.B == 0 || args.D == 0) return;
+  if (args.sequences.count == 0 || args.D == 0) return;
   const bool by_transforms = args.by_transforms();
   if (by_transforms) cema_fft_output(args, stream);
   if (!by_transforms && args.by_products())
