@@ -81,8 +81,7 @@ void forward_sequence(const CemaForward& args, const TileTables<stat_t<T>>& tabl
   for (int64_t d = d0; d < d1; d += W) {
     const State<A> state(states, d, args.N);
     std::memset(state.hi, 0, 4 * args.N * W * sizeof(A));
-    if (args.h0 == nullptr) continue;
-    for_state(args, i, d, state.hi, [&](int64_t at, A& h) { h = static_cast<const A*>(args.h0)[at]; });
+    if (args.h0 != nullptr) load_state<A>(args, args.h0, i, d, state.hi, false);
   }
   const int64_t all = args.sequences.tokens(), end = args.sequences.end(i);
   const bool past = goes_past_caches(all * args.D, args.D, y);
@@ -97,7 +96,7 @@ void forward_sequence(const CemaForward& args, const TileTables<stat_t<T>>& tabl
     }
   }
   for (int64_t d = d0; d < d1; d += W) {
-    for_state(args, i, d, State<A>(states, d, args.N).hi, [&](int64_t at, A& h) { static_cast<A*>(args.h)[at] = h; });
+    store_state<A>(args, State<A>(states, d, args.N).hi, i, d, args.h, false);
   }
 }
 

@@ -188,8 +188,7 @@ void backward_sequence(const CemaBackward& args, const TileTables<stat_t<T>>& ta
 
   for (int64_t d = d0; d < d1; d += W) {
     std::memset(scratch.hi(d, 0), 0, 4 * args.N * W * sizeof(A));
-    if (args.h0 == nullptr) continue;
-    for_state(args, i, d, scratch.hi(d, 0), [&](int64_t at, A& h) { h = static_cast<const A*>(args.h0)[at]; });
+    if (args.h0 != nullptr) load_state<A>(args, args.h0, i, d, scratch.hi(d, 0), false);
   }
   for (int64_t block = 0; block < blocks; ++block) {
     for_block(block, [&](int64_t d, int64_t row, int64_t steps) {
@@ -206,11 +205,7 @@ void backward_sequence(const CemaBackward& args, const TileTables<stat_t<T>>& ta
       std::memset(scratch.lo(d, 0), 0, 2 * args.N * W * sizeof(A));
     } else {
       std::memset(scratch.hi(d, 0), 0, 4 * args.N * W * sizeof(A));
-      if (args.dh == nullptr) continue;
-      for_state(args, i, d, scratch.hi(d, 0), [&](int64_t at, A& m) {
-        const A v = static_cast<const A*>(args.dh)[at];
-        m = at % 2 == 0 ? v : -v;
-      });
+      if (args.dh != nullptr) load_state<A>(args, args.dh, i, d, scratch.hi(d, 0), true);
     }
   }
   for (int64_t block = blocks; block-- > 0;) {
@@ -223,8 +218,7 @@ void backward_sequence(const CemaBackward& args, const TileTables<stat_t<T>>& ta
   }
   if (args.dh0 == nullptr) return;
   for (int64_t d = d0; d < d1; d += W) {
-    for_state(args, i, d, scratch.hi(d, 0),
-              [&](int64_t at, A& m) { static_cast<A*>(args.dh0)[at] = at % 2 == 0 ? m : -m; });
+    store_state<A>(args, scratch.hi(d, 0), i, d, args.dh0, true);
   }
 }
 
