@@ -34,13 +34,13 @@ struct CemaCut {
   // The pieces but the first of their sequences have places for the states they begin with: a sequence's are
   // neighbours, and floor(begin / length) is another number for each of them.
   constexpr int64_t places() const { return cuts() ? sequences.tokens() / length : 0; }
-  MEGALODON_HOST_DEVICE constexpr int64_t place(const Sequences::Piece& piece) const {
-    return piece.begin / length - 1;
+  MEGALODON_HOST_DEVICE int64_t place(int64_t sequence, int64_t index) const {
+    return sequences.begin(sequence) / length + index - 1;
   }
   // Of the states that all pieces end with.
   constexpr int64_t ends() const { return sequences.tokens() / length + sequences.count; }
-  MEGALODON_HOST_DEVICE constexpr int64_t end(const Sequences::Piece& piece) const {
-    return piece.begin / length + piece.sequence;
+  MEGALODON_HOST_DEVICE int64_t end(int64_t sequence, int64_t index) const {
+    return place(sequence, index) + 1 + sequence;
   }
 };
 

@@ -131,7 +131,7 @@ struct TwoSteps {
     for (int i = 0; i < 2; ++i) {
       const int t = 2 * static_cast<int>(threadIdx.x) + i;
       if (t >= at.steps) continue;
-      body(i, at.token(walk.reverse, at.first + t) * walk.D + static_cast<int64_t>(blockIdx.x) * kMmaChannels);
+      body(i, (walk.reverse ? at.token - t : at.token + t) * walk.D + static_cast<int64_t>(blockIdx.x) * kMmaChannels);
     }
   }
   static DEVICE int channels(const MmaWalk& walk) {
@@ -205,17 +205,16 @@ DEVICE void for_wavelets(const MmaWalk& walk, int64_t d, int64_t row, Body&& bod
 }
 
 // The states where a piece begins.
-DEVICE void load_states(const MmaWalk& walk, const Channel& channel, int64_t d, const Sequences::Piece& piece,
-                        bool ends) {
+DEVICE void load_states(const MmaWalk& walk, const Channel& channel, int64_t d, const PieceCursor& at, bool ends) {
   if (lane_index() < channel.layout.wavelets()) channel.states[lane_index()] = {0, 0};
   if (ends) return;
-  if (piece.index > 0) {
-    for_wavelets(walk, d, walk.plan.cut.place(piece), [&](int n, int64_t i) {
+  if (at.index > 0) {
+    for_wavelets(walk, d, walk.plan.cut.place(at.sequence, at.index), [&](int n, int64_t i) {
       const auto v = load<2>(walk.carries + 2 * i);
       channel.states[n] = {v.v[0], walk.reverse ? -v.v[1] : v.v[1]};
     });
   } else if (walk.start != nullptr) {
-    for_wavelets(walk, d, piece.sequence, [&](int n, int64_t i) {
+    for_wavelets(walk, d, at.sequence, [&](int n, int64_t i) {
       const auto v = load<2>(walk.start + 2 * i);
       const double a = channel.input(n);
       channel.states[n] = {v.v[0] / a, (walk.reverse ? -v.v[1] : v.v[1]) / a};
@@ -294,39 +293,39 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_kernel(MmaArgs<T> arg
   const Channel channel{
       memory + warp * layout.shared_bytes(), walk.table + d * layout.bytes(),  layout, rows + warp * kRowsBytes,
       scratch + warp * kScratchBytes,        states + warp * layout.wavelets()};
-  const PieceWalk pieces(walk.plan.cut, blockIdx.y, kMmaGroup, kEnds);
-  PieceCursor at = pieces.begin(blockIdx.y);
-  if (pieces.is_past(at.piece)) return;  // the whole block
+  const PieceWalk pieces(walk.plan.cut, kMmaGroup, walk.reverse, kEnds);
+  PieceCursor at = pieces.begin();
+  if (!at.exists) return;  // the whole block
   load_tables(walk.table, layout, memory);
   TwoSteps<T> two;
   two.fetch(walk, at, static_cast<const T*>(walk.in), args.packed);
   async_wait<0>();
   sync_block();  // the tables are there
 
-  while (!pieces.is_past(at.piece)) {
+  while (at.exists) {
     two.put(rows);
     const PieceCursor next = pieces.after(at);
     sync_block();  // the inputs are there
-    if (!pieces.is_past(next.piece)) two.fetch(walk, next, static_cast<const T*>(walk.in), args.packed);
+    if (next.exists) two.fetch(walk, next, static_cast<const T*>(walk.in), args.packed);
     if (exists) {
-      if (at.begins()) {
+      if (at.begins) {
         sync_warp();  // the states before have been read
-        load_states(walk, channel, d, at.piece, kEnds);
+        load_states(walk, channel, d, at, kEnds);
         sync_warp();  // the states are there
       }
       if constexpr (kEnds) {
         end_group<T>(channel);
         if (at.ends()) {
           sync_warp();  // the states have moved on
-          for_wavelets(walk, d, walk.plan.cut.place(at.piece) + 1, [&](int n, int64_t i) {
+          for_wavelets(walk, d, walk.plan.cut.place(at.sequence, at.index + 1), [&](int n, int64_t i) {
             const Pair<double> v = channel.states[n];
             store(walk.carries + 2 * i, Pack<double, 2>{v.re, walk.reverse ? -v.im : v.im});
           });
         }
       } else {
-        const bool is_last = walk.last != nullptr && at.piece.last && at.ends();
+        const bool is_last = walk.last != nullptr && at.is_last && at.ends();
         walk_group<T>(walk, channel, rows + warp * kRowsBytes, at.steps,
-                      is_last ? walk.last + 2 * (at.piece.sequence * walk.D + d) * walk.N : nullptr);
+                      is_last ? walk.last + 2 * (at.sequence * walk.D + d) * walk.N : nullptr);
       }
     }
     sync_block();  // the outputs are there, the inputs have been read

@@ -6,51 +6,55 @@
 
 namespace megalodon::cuda {
 
-// Where a walk is: positions [first, first + steps) of a piece. Position p of a sequence is its token p or, where time
-// runs back, token mirror - p.
+// Where a walk is. As small as can be, since it lives in registers.
 struct PieceCursor {
-  Sequences::Piece piece;
-  int64_t mirror, first;
-  int steps;
+  int64_t sequence, index;  // of the piece, which counts in the direction of the walk
+  int64_t token;            // of the next step
+  int64_t left;             // steps of the piece from there on
+  int steps;                // of these at once
+  bool begins, is_last;     // the piece begins here; it is its sequence's last one
+  bool exists;              // whether the walk is not over
 
-  DEVICE bool begins() const { return first == piece.begin; }
-  DEVICE bool ends() const { return first + steps == piece.end; }
-  DEVICE int64_t token(bool reverse, int64_t position) const { return reverse ? mirror - position : position; }
+  DEVICE bool ends() const { return left == steps; }
 };
 
 struct PieceWalk {
   const CemaCut& cut;
-  int most;         // steps at once
-  bool skips_last;  // whether the last pieces of sequences are left out
-  int64_t stop, stop_index;
+  int64_t past;  // the number of the first piece that is another part's
+  int most;      // steps at once
+  bool reverse, skips_last;
 
-  DEVICE PieceWalk(const CemaCut& cut_of, int64_t part, int most_of, bool skips_last_of)
-      : cut(cut_of), most(most_of), skips_last(skips_last_of) {
-    const auto behind = cut.sequences.piece_from(cut.parts.end(part), cut.length);
-    stop = behind.sequence;
-    stop_index = behind.index;
-  }
-  DEVICE PieceCursor begin(int64_t part) const {
-    return at(cut.sequences.piece_from(cut.parts.begin(part), cut.length));
-  }
-  DEVICE bool is_past(const Sequences::Piece& piece) const {
-    return piece.sequence > stop || (piece.sequence == stop && piece.index >= stop_index);
-  }
+  // `skips_last`: without the last pieces of sequences.
+  DEVICE PieceWalk(const CemaCut& cut_of, int most_of, bool is_reverse, bool does_skip_last)
+      : cut(cut_of),
+        past(cut_of.parts.end(blockIdx.y)),
+        most(most_of),
+        reverse(is_reverse),
+        skips_last(does_skip_last) {}
+  DEVICE PieceCursor begin() const { return at(cut.sequences.piece_from(cut.parts.begin(blockIdx.y), cut.length)); }
   DEVICE PieceCursor after(const PieceCursor& c) const {
-    if (c.ends()) return at(cut.sequences.after(c.piece, cut.length));
+    if (c.ends()) return at(cut.sequences.after({c.sequence, c.index, 0, 0, true, c.is_last}, cut.length));
     PieceCursor next = c;
-    next.first += c.steps;
-    next.steps = steps_of(c.piece.end - next.first);
+    next.token += reverse ? -c.steps : c.steps;
+    next.left -= c.steps;
+    next.steps = steps_of(next.left);
+    next.begins = false;
     return next;
   }
 
  private:
   DEVICE int steps_of(int64_t left) const { return left < most ? static_cast<int>(left) : most; }
-  DEVICE PieceCursor at(Sequences::Piece piece) const {
-    while (skips_last && piece.last && !is_past(piece)) piece = cut.sequences.after(piece, cut.length);
-    int64_t mirror = 0;
-    if (!is_past(piece)) mirror = cut.sequences.begin(piece.sequence) + cut.sequences.end(piece.sequence) - 1;
-    return {piece, mirror, piece.begin, steps_of(piece.tokens())};
+  DEVICE PieceCursor at(Sequences::Piece p) const {
+    const Sequences& all = cut.sequences;
+    const auto is_mine = [&] { return p.exists && all.first_piece(p.sequence, cut.length) + p.index < past; };
+    bool exists = is_mine();
+    while (skips_last && exists && p.last) {
+      p = all.after(p, cut.length);
+      exists = is_mine();
+    }
+    int64_t token = p.begin;
+    if (reverse && exists) token = all.begin(p.sequence) + all.end(p.sequence) - 1 - p.begin;
+    return {p.sequence, p.index, token, p.tokens(), steps_of(p.tokens()), true, p.last, exists};
   }
 };
 

@@ -34,7 +34,7 @@ template <class T, int kLanes, bool kReverse, class Body>
 DEVICE void for_elements(const ScanArgs<T>& args, const PieceCursor& at, int width, Body&& body) {
   using Tile = Tiles<T, kLanes>;
   const int64_t d0 = static_cast<int64_t>(blockIdx.x) * Tile::kChannels;
-  const int64_t base = at.token(kReverse, at.first) * args.D + d0;
+  const int64_t base = at.token * args.D + d0;
   const int64_t stride = kReverse ? -args.D : args.D;
   const int wide = Tile::kChannels / width;
   for (int i = threadIdx.x; i < at.steps * wide; i += kThreads) {
@@ -103,9 +103,9 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
   const bool is_last_group = args.first + int64_t{kEach} * kLanes >= args.N;
   const int64_t carried = 2 * Waves::kStates;  // doubles per wavelet
 
-  const PieceWalk walk(args.cut, blockIdx.y, kRows, kEnds && !args.keeps_ends);
-  PieceCursor at = walk.begin(blockIdx.y), ahead = at;
-  if (kEnds && walk.is_past(at.piece)) return;  // the whole block
+  const PieceWalk walk(args.cut, kRows, kReverse, kEnds && !args.keeps_ends);
+  PieceCursor at = walk.begin(), ahead = at;
+  if (kEnds && !at.exists) return;  // the whole block
 
   Waves waves;
   waves.load(args, mine);
@@ -113,7 +113,7 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
   int filled = 0;  // the stage to be filled next
   const auto fill = [&] {
     T* tile = ring + filled * (Waves::kOther ? 2 : 1) * Tile::kSize;
-    if (!walk.is_past(ahead.piece)) {
+    if (ahead.exists) {
       load_tile<T, kLanes, kReverse>(args, ahead, args.in, tile);
       if constexpr (kOther) load_tile<T, kLanes, kReverse>(args, ahead, args.other, tile + Tile::kSize);
       ahead = walk.after(ahead);
@@ -124,7 +124,8 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
   UNROLL
   for (int i = 0; i < kStages - 1; ++i) fill();
 
-  for (int stage = 0; !walk.is_past(at.piece); stage = (stage + 1) % kStages) {
+  int done = 0;  // steps of a block between corrections
+  for (int stage = 0; at.exists; stage = (stage + 1) % kStages) {
     async_wait<kStages - 2>();
     sync_block();  // the tile is there, and the one to be filled next has been stored
     fill();
@@ -132,14 +133,14 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
     const T* other = kOther ? tile + Tile::kSize : nullptr;
     const int rows = at.steps;
 
-    if (at.begins()) {
+    if (at.begins) {
       UNROLL
       for (int k = 0; k < kEach; ++k) {
         Pair<double> from[Waves::kStates] = {};
-        if (!kEnds && at.piece.index == 0) from[0] = waves.start(args, mine, at.piece.sequence, k);
-        if (!kEnds && at.piece.index > 0 && mine.has(args, k)) {
+        if (!kEnds && at.index == 0) from[0] = waves.start(args, mine, at.sequence, k);
+        if (!kEnds && at.index > 0 && mine.has(args, k)) {
           const double* place =
-              args.carries + (args.cut.place(at.piece) * args.D * args.N + mine.index(args, k)) * carried;
+              args.carries + (args.cut.place(at.sequence, at.index) * args.D * args.N + mine.index(args, k)) * carried;
           UNROLL
           for (int i = 0; i < Waves::kStates; ++i) from[i] = {place[2 * i], place[2 * i + 1]};
         }
@@ -147,10 +148,7 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
         for (int i = 0; i < Waves::kStates; ++i) waves.state(k, i) = State<A>::of(from[i]);
       }
     }
-    if ((at.first - at.piece.begin) % Waves::kBlock == 0 && rows > 0) {
-      const int64_t left = at.piece.end - at.first;
-      waves.begin(left < Waves::kBlock ? static_cast<int>(left) : Waves::kBlock);
-    }
+    if (done == 0 && rows > 0) waves.begin(at.left < Waves::kBlock ? static_cast<int>(at.left) : Waves::kBlock);
 
     const auto input = [&](int t) { return widen(tile[t * Tile::kPitch + column]); };
     const auto advance = [&](int t) {
@@ -159,7 +157,7 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
     const auto write = [&](int t, A sum) {
       sum += args.first == 0 ? omega * input(t) : A(0);
       if (args.partial != nullptr && exists) {
-        A& so_far = args.partial[at.token(kReverse, at.first + t) * args.D + mine.d];
+        A& so_far = args.partial[(kReverse ? at.token - t : at.token + t) * args.D + mine.d];
         if (args.first > 0) sum += so_far;
         so_far = sum;
       }
@@ -190,10 +188,15 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
       }
     }
 
-    if (at.ends() || (at.first + rows - at.piece.begin) % Waves::kBlock == 0) waves.settle();
+    done += rows;
+    if (at.ends() || done == Waves::kBlock) {
+      waves.settle();
+      done = 0;
+    }
     if (at.ends()) {
       if constexpr (kEnds) {
-        const int64_t place = args.keeps_ends ? args.cut.end(at.piece) : args.cut.place(at.piece) + 1;
+        const int64_t place =
+            args.keeps_ends ? args.cut.end(at.sequence, at.index) : args.cut.place(at.sequence, at.index + 1);
         UNROLL
         for (int k = 0; k < kEach; ++k) {
           if (!mine.has(args, k)) continue;
@@ -205,8 +208,8 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
             to[2 * i + 1] = state.im;
           }
         }
-      } else if (at.piece.last) {
-        waves.finish_sequence(args, mine, at.piece.sequence);
+      } else if (at.is_last) {
+        waves.finish_sequence(args, mine, at.sequence);
       }
     }
     if constexpr (kOutput) {

@@ -64,7 +64,7 @@ DEVICE void carry_sequence(const CarryArgs<A>& args, const Pair<double>& all, co
     const auto v = load<2>(args.start + 2 * (s * wavelets + i));
     state[0] = {v.v[0] / a, v.v[1] / a};
   }
-  double* places = args.carries + (begin / args.cut.length * wavelets + i) * 2 * kStates;
+  double* places = args.carries + (args.cut.place(s, 1) * wavelets + i) * 2 * kStates;
   const auto place = [&](int64_t piece) { return places + piece * wavelets * 2 * kStates; };
   for (int64_t piece = 0; piece < pieces - 1; piece += kAhead) {
     Pack<double, 2 * kStates> ends[kAhead];
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
   Pair<double> state{0, 0};
   for (auto piece = cut.sequences.piece_from(cut.sequences.first_piece(at / (D * N), cut.length), cut.length);;
        piece = cut.sequences.after(piece, cut.length)) {
-    const auto end = load<2>(ends + (cut.end(piece) * D * N + i) * 2);
+    const auto end = load<2>(ends + (cut.end(piece.sequence, piece.index) * D * N + i) * 2);
     const Pair<double> power = piece.last ? pair_of(w.power(static_cast<double>(piece.tokens()))) : all;
     state = Pair<double>{end.v[0], end.v[1]} + power * state;
     if (piece.last) break;
