@@ -36,6 +36,7 @@ struct CemaShape {
 
   static constexpr int64_t kColumn = 16;               // channels worked on together, padded with zeros at the end of D
   static constexpr int64_t kBlock = 128;               // steps of a time block
+  static constexpr int64_t kLeastPart = 1024;          // tokens of a part of segments
   static constexpr int64_t kStaged = 4;                // columns packed at a time
   static constexpr int64_t kTile = 8;                  // steps of a tile of a block, forward
   static constexpr int64_t kTableRow = 4 * kTile + 6;  // numbers per wavelet in the table of coefficients
@@ -43,9 +44,12 @@ struct CemaShape {
 
   int64_t columns() const { return (D + kColumn - 1) / kColumn; }
   // Parts of the sequences, one of which a task walks through, sequence after sequence: few columns need more tasks to
-  // occupy the threads. Parts are alike in tokens and sequences; part p begins with sequence first(p).
+  // occupy the threads. Each has sums of its own, so that segments make no parts of few tokens. Parts are alike in
+  // tokens and sequences; part p begins with sequence first(p).
   int64_t parts() const {
-    const int64_t wanted = columns() > 0 ? ceil_div(Parts::kMaxParts, columns()) : 1, most = sequences.count;
+    const int64_t wanted = columns() > 0 ? ceil_div(Parts::kMaxParts, columns()) : 1;
+    const int64_t large = sequences.packed ? ceil_div(sequences.length, kLeastPart) : sequences.count;
+    const int64_t most = large < sequences.count ? large : sequences.count;
     return wanted < most ? wanted : most > 0 ? most : 1;
   }
   int64_t first(int64_t part) const {
