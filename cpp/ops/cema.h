@@ -68,9 +68,8 @@ struct CemaShape {
   // The fft algorithm, of rows alone: points of the transform, constants, and tasks with `arrays` transformed arrays
   // and `rows` rows of sums per wavelet besides the response, its coefficients and sums, and what a state adds to the
   // output.
-  int64_t fft_length() const {
-    return sequences.count * D == 0 ? 0 : sequences.length;
-  }  // L, unless there is nothing of that length
+  // The length is L, unless there is nothing of that length.
+  int64_t fft_length() const { return sequences.count * D == 0 ? 0 : sequences.length; }
   int64_t fft_size() const { return fft_points(fft_length()); }
   int64_t fft_table(DType dtype) const { return fft_table_bytes(fft_size(), stat_dtype(dtype)); }
   ChannelTasks fft_tasks(DType dtype, int64_t arrays, int64_t rows) const {

@@ -1,26 +1,28 @@
 // cema on the GPU, by the recurrence ("scan", which is also "auto"). Not yet run on a GPU.
 //
 // Long rows of 16-bit activations go by matrix instructions (cema_mma.cu). "fft" is by transforms (cema_fft.cu) but for
-// the last state, and is the scan where h0 or dh is given (ops/cema_fft.h).
+// the last state, and is the scan where h0, dh or cu_seqlens is given (ops/cema_fft.h).
 //
 // Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h).
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
+//           Packed: x, y, dy, dx [1, T, D]; states [segments, D, N, 2].
 // Mapping   a block takes a tile of channels (128 / lanes; 1 to 8 lanes share the wavelets of a channel, four each, in
-//           registers) and walks through time (cema_scan.cuh). If there are too few blocks for a GPU, time is cut into
-//           chunks: the states they end with, begun with zeros; the states they begin with, one after the other; then
-//           the walk. If there are many, a block takes several rows of the batch. Backward, two walks side by side: the
-//           adjoint gives dx, dh0 and dS/da; the state with its derivative by q gives the other gradients going
-//           forward, so that no states are kept or made again. A few steps (decoding) are one kernel: a lane per
-//           wavelet.
+//           registers) and walks through pieces of time (cema_scan.cuh), which are whole sequences or, if there are
+//           too few blocks for a GPU, cut from them (ops/cema_cut.h). If they are cut: the states they end with, begun
+//           with zeros; the states they begin with, one after the other; then the walk. If there are many pieces, a
+//           block takes several. Backward, two walks side by side: the adjoint gives dx, dh0 and dS/da; the state
+//           with its derivative by q gives the other gradients going forward, so that no states are kept or made again.
+//           A few steps (decoding) are one kernel: a lane per wavelet.
 // Traffic   forward 2 elements moved and 6 N FMA per element, backward 5 and 20 N (up to 4 N and 14 N more, and the
-//           inputs once more, with chunks): compute-bound from about N = 8 on, so that looking back for a chunk's state
-//           in one pass would save only what is not the limit. bf16 and f16, N <= 16 and L >= 512 branch off in
-//           cema_forward: y and h by matrix instructions. Backward, dx does so where there is neither h0 nor dh, as in
-//           training, and the adjoint's 6 N FMA are saved; gradients of parameters are still the scan's 14 N.
-// Numerics  coefficients, and what goes from chunk to chunk, in double. A walk is in float (double for float64), its
+//           inputs once more, where sequences are cut): compute-bound from about N = 8 on, so that looking back for a
+//           piece's state in one pass would save only what is not the limit. bf16 and f16, N <= 16 and L >= 512 (in a
+//           packed row 256 on average) branch off in cema_forward: y and h by matrix instructions. Backward, dx does so
+//           where there is neither h0 nor dh, as in training, and the adjoint's 6 N FMA are saved; gradients of
+//           parameters are still the scan's 14 N.
+// Numerics  coefficients, and what goes from piece to piece, in double. A walk is in float (double for float64), its
 //           states corrected every 128 steps, so that the rounding of q does not add up. Gradients of parameters: sums
-//           in float over 128 steps, in double over those, over chunks and the batch, in a fixed order. A few steps in
-//           double.
+//           in float over 128 steps, in double over those, over pieces and the parts of them, in a fixed order. A few
+//           steps in double.
 // Limits    N > 32: groups of 32 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
 //           below 1e-20 counts as 1e-20. Subnormal numbers are kept: they are as fast as others.
 #include "core/reduce.cuh"

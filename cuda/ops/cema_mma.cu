@@ -6,17 +6,18 @@
 //           sum q^(32-s) dy_s, m the conjugate of what cema.h calls conj(q) l. (ops/cema_mma.h, ops/cema.h)
 // Layout    x, y, dy, dx [B, L, D] bf16 or f16; states [B, D, N, 2] float; parameters [D, N], [D], [D, N, 2] float;
 //           carries [places, D, N, 2] double (ops/cema_cut.h); tables [channels, CemaMmaTable::bytes()]; all compact.
-// Mapping   a block of 8 warps takes 8 channels, whose tables stay in shared memory, and walks through a chunk of time
-//           of some rows of the batch, 512 steps at once: a thread loads two steps of the 8 channels, 16 bytes each,
+// Mapping   a block of 8 warps takes 8 channels, whose tables stay in shared memory, and walks through some pieces of
+//           time (ops/cema_cut.h), 512 steps at once: a thread loads two steps of the 8 channels, 16 bytes each,
 //           while the group before is computed, and stores them by channel as pairs of steps. A warp has a channel: 16
 //           tiles are the rows of mma.m16n8k16, so that its inputs are 8 registers and k is 8 more. Sums over tiles go
 //           through the warp's scratch to 4 lanes per wavelet, which chain the tiles and leave the states there as the
-//           next operand. Chunks as in cema.cu: the states they end with, the carry there, then the walk.
+//           next operand. Pieces as in cema.cu: the states they end with, the carry there, then the walk.
 // Traffic   2 elements moved; at N = 16, 60 products of bf16 (480 FLOP per element; f16: 82) and 250 to 300 other
 //           instructions of a warp for 512 steps of a channel, most of them for the states between tiles: a quarter of
 //           the scan's instructions. Limit expected: issue and shared memory, not far from that of memory. A block
-//           reads 74 KB of tables (N = 16), as many bytes as 2,300 of its steps; chunks read x once more. Rows of 16
-//           bytes are half a sector of memory: the neighbouring block reads the other half, from L2 at best.
+//           reads 74 KB of tables (N = 16), as many bytes as 2,300 of its steps; where sequences are cut, x is read
+//           once more. Rows of 16 bytes are half a sector of memory: the neighbouring block reads the other half, from
+//           L2 at best.
 // Numerics  coefficients and powers in double. k, the powers that lead out of a state and the state itself are the sum
 //           of two bf16, each to 2^-17: the error of y before it is rounded. Powers that lead into a state are the sum
 //           of three, to 2^-25, since h stays in float. Products of two low parts are left out; sums in float. bf16
@@ -24,8 +25,8 @@
 //           chained in float over 16 tiles, and from group to group in double, so that no rounding adds up. All in
 //           fixed order. Zeros above k's diagonal would carry a NaN or inf back in time: see Causal; the outputs from
 //           its step on are NaN, where the scan may give inf.
-// Limits    16-bit activations, N <= 16, at least 512 steps: CemaMmaPlan. All else is the scan's, in cema.cu, and so
-// are
+// Limits    16-bit activations, N <= 16, at least 512 steps (packed rows: 256 on average): CemaMmaPlan. All else is the
+// scan's, in cema.cu, and so are
 //           the gradients of parameters, and all of backward where there is h0 or dh. A state times |a g| beyond
 //           3.39e38, which bf16 rounds to inf, is inf.
 #include "core/reduce.cuh"
