@@ -56,7 +56,12 @@ __global__ void __launch_bounds__(kThreads) cema_short_kernel(ShortArgs<T> args)
   int64_t i = args.parts.begin(blockIdx.y);
   if (i < end) read(i);
   for (; i < end; ++i) {
-    const int64_t begin = args.sequences.begin(i), L = args.sequences.end(i) - begin;
+    Pair<double> h[kGroups];
+    UNROLL
+    for (int k = 0; k < kGroups; ++k) h[k] = next[k];
+    if (i + 1 < end) read(i + 1);
+    const int64_t begin = args.sequences.begin(i);
+    const int L = static_cast<int>(args.sequences.end(i) - begin);
     A x[kSteps];
     double sums[kSteps];
     UNROLL
@@ -64,10 +69,6 @@ __global__ void __launch_bounds__(kThreads) cema_short_kernel(ShortArgs<T> args)
       x[t] = t < L && exists ? widen(args.x[(begin + t) * D + d]) : A(0);
       sums[t] = 0;
     }
-    Pair<double> h[kGroups];
-    UNROLL
-    for (int k = 0; k < kGroups; ++k) h[k] = next[k];
-    if (i + 1 < end) read(i + 1);
     UNROLL
     for (int k = 0; k < kGroups; ++k) {
       UNROLL
