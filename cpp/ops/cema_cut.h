@@ -11,6 +11,7 @@ struct CemaCut {
   // Few blocks: sequences are cut, for two blocks on each of the 132 processors of an H100. Many: a block takes several
   // pieces, one after the other.
   static constexpr int64_t kWantedBlocks = 264, kManyBlocks = 1056;
+  static constexpr int64_t kMostSteps = int64_t{1} << 30;  // of a piece: an int counts them
 
   Sequences sequences;
   int64_t length;  // steps of a piece, but for the last of a sequence
@@ -26,7 +27,7 @@ struct CemaCut {
       const int64_t wanted = ceil_div(kWantedBlocks, blocks), most = ceil_div(L, least);
       length = ceil_div(L, wanted < most ? wanted : most);
     }
-    length = round_up(length < 1 ? 1 : length, unit);
+    length = round_up(length < 1 ? 1 : length > kMostSteps ? kMostSteps : length, unit);
     return {sequences, length, Parts::of(sequences.pieces(length), 1, tiles == 0 ? 1 : ceil_div(kManyBlocks, tiles))};
   }
   constexpr bool cuts() const { return length < sequences.length; }

@@ -296,18 +296,18 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_kernel(MmaArgs<T> arg
       scratch + warp * kScratchBytes,        states + warp * layout.wavelets()};
   const PieceWalk pieces(walk.plan.cut, kMmaGroup, walk.reverse, kEnds);
   PieceCursor at = pieces.begin();
-  if (!at.exists) return;  // the whole block
+  if (!at.exists()) return;  // the whole block
   load_tables(walk.table, layout, memory);
   TwoSteps<T> two;
   two.fetch(walk, at, static_cast<const T*>(walk.in), args.packed);
   async_wait<0>();
   sync_block();  // the tables are there
 
-  while (at.exists) {
+  while (at.exists()) {
     two.put(rows);
     const PieceCursor next = pieces.after(at);
     sync_block();  // the inputs are there
-    if (next.exists) two.fetch(walk, next, static_cast<const T*>(walk.in), args.packed);
+    if (next.exists()) two.fetch(walk, next, static_cast<const T*>(walk.in), args.packed);
     if (exists) {
       if (at.begins) {
         sync_warp();  // the states before have been read

@@ -8,13 +8,14 @@ namespace megalodon::cuda {
 
 // Where a walk is. As small as can be, since it lives in registers.
 struct PieceCursor {
-  int64_t sequence, index;  // of the piece, which counts in the direction of the walk
-  int64_t token;            // of the next step
-  int64_t left;             // steps of the piece from there on
-  int steps;                // of these at once
-  bool begins, is_last;     // the piece begins here; it is its sequence's last one
-  bool exists;              // whether the walk is not over
+  int64_t sequence;
+  int64_t token;         // of the next step
+  int index;             // of the piece, counted in the direction of the walk
+  int left;              // steps of the piece from there on
+  int steps;             // of these at once; -1 where the walk is over
+  bool begins, is_last;  // the piece begins here; it is its sequence's last one
 
+  DEVICE bool exists() const { return steps >= 0; }
   DEVICE bool ends() const { return left == steps; }
 };
 
@@ -43,7 +44,7 @@ struct PieceWalk {
   }
 
  private:
-  DEVICE int steps_of(int64_t left) const { return left < most ? static_cast<int>(left) : most; }
+  DEVICE int steps_of(int left) const { return left < most ? left : most; }
   DEVICE PieceCursor at(Sequences::Piece p) const {
     const Sequences& all = cut.sequences;
     const auto is_mine = [&] { return p.exists && all.first_piece(p.sequence, cut.length) + p.index < past; };
@@ -54,7 +55,8 @@ struct PieceWalk {
     }
     int64_t token = p.begin;
     if (reverse && exists) token = all.begin(p.sequence) + all.end(p.sequence) - 1 - p.begin;
-    return {p.sequence, p.index, token, p.tokens(), steps_of(p.tokens()), true, p.last, exists};
+    const int left = static_cast<int>(p.tokens());
+    return {p.sequence, token, static_cast<int>(p.index), left, exists ? steps_of(left) : -1, true, p.last};
   }
 };
 

@@ -105,30 +105,28 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
 
   const PieceWalk walk(args.cut, kRows, kReverse, kEnds && !args.keeps_ends);
   PieceCursor at = walk.begin(), ahead = at;
-  if (kEnds && !at.exists) return;  // the whole block
+  if (kEnds && !at.exists()) return;  // the whole block
 
   Waves waves;
   waves.load(args, mine);
 
-  int filled = 0;  // the stage to be filled next
-  const auto fill = [&] {
-    T* tile = ring + filled * (Waves::kOther ? 2 : 1) * Tile::kSize;
-    if (ahead.exists) {
+  const auto fill = [&](int stage) {
+    T* tile = ring + stage * (Waves::kOther ? 2 : 1) * Tile::kSize;
+    if (ahead.exists()) {
       load_tile<T, kLanes, kReverse>(args, ahead, args.in, tile);
       if constexpr (kOther) load_tile<T, kLanes, kReverse>(args, ahead, args.other, tile + Tile::kSize);
       ahead = walk.after(ahead);
     }
     async_commit();
-    filled = (filled + 1) % kStages;
   };
   UNROLL
-  for (int i = 0; i < kStages - 1; ++i) fill();
+  for (int i = 0; i < kStages - 1; ++i) fill(i);
 
   int done = 0;  // steps of a block between corrections
-  for (int stage = 0; at.exists; stage = (stage + 1) % kStages) {
+  for (int stage = 0; at.exists(); stage = (stage + 1) % kStages) {
     async_wait<kStages - 2>();
     sync_block();  // the tile is there, and the one to be filled next has been stored
-    fill();
+    fill((stage + kStages - 1) % kStages);
     T* tile = ring + stage * (Waves::kOther ? 2 : 1) * Tile::kSize;
     const T* other = kOther ? tile + Tile::kSize : nullptr;
     const int rows = at.steps;
@@ -148,7 +146,7 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
         for (int i = 0; i < Waves::kStates; ++i) waves.state(k, i) = State<A>::of(from[i]);
       }
     }
-    if (done == 0 && rows > 0) waves.begin(at.left < Waves::kBlock ? static_cast<int>(at.left) : Waves::kBlock);
+    if (done == 0 && rows > 0) waves.begin(at.left < Waves::kBlock ? at.left : Waves::kBlock);
 
     const auto input = [&](int t) { return widen(tile[t * Tile::kPitch + column]); };
     const auto advance = [&](int t) {
@@ -223,8 +221,12 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
   if constexpr (!kEnds) waves.finish(args, mine, args.sums + blockIdx.y * args.block_sums);
 }
 
+// Blocks of a processor: what the registers suffice for.
+template <class T>
+constexpr int kForwardBlocks = sizeof(T) == 8 ? 3 : 4;
+
 template <class T, int kLanes, bool kEnds>
-__global__ void __launch_bounds__(kThreads) cema_forward_kernel(ScanArgs<T> args) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T>) cema_forward_kernel(ScanArgs<T> args) {
   DYNAMIC_SHARED(T, ring);
   scan<T, kLanes, Forward<T>, kEnds>(args, ring);
 }
