@@ -1,6 +1,8 @@
 """cema against the FFT convolution in plain torch, with a kernel made the same way."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,6 +68,42 @@ def test_cema(
         backward=backward,
         floor="fma",
         peers={"torch fft": _fft},
+    )
+
+
+def _lengths(tokens: int) -> Iterator[int]:
+    """Of segments, mixed, 580 on average."""
+    for length in itertools.cycle((256, 1024, 301, 640, 997, 259, 583)):
+        if tokens <= length:
+            yield tokens
+            return
+        yield length
+        tokens -= length
+
+
+def _unpacked(x: Tensor, *rest: Any) -> Any:
+    *parameters, h0, _ = rest
+    return OP.overload(x, *parameters, h0)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", sizes((1, 8192, 512)), ids=str)
+def test_cema_packed(
+    benchmark: Any, size: tuple[int, int, int], dtype: torch.dtype, backward: bool
+) -> None:
+    """Segments, packed into one row, beside the same tokens as one sequence."""
+    B, L, D = size
+    make = maker(dtype)
+    small = 256, 0, 1, 43
+    measure(
+        benchmark,
+        OP,
+        (*_arguments(dtype, 1, B * L, D), None, make.bounds(*_lengths(B * L))),
+        (*_arguments(dtype, 1, sum(small), 64), None, make.bounds(*small)),
+        backward=backward,
+        floor="fma",
+        peers={"unpacked": _unpacked},
     )
 
 

@@ -146,7 +146,9 @@ MEGALODON_API int megalodon_fft_conv_backward(const DLTensor* dy, const DLTensor
                                               DLTensor* dk, DLTensor* workspace, void* stream);
 /* cema: h_t = a x_t + q h_(t-1), y_t = Re sum_n g h_t + omega x_t. x, y, dy, dx (B, L, D); alpha, delta (D, N);
  * theta, omega (D); gamma (D, N, 2); h0, h, dh, dh0 (B, D, N, 2), last axis (re, im). h0, dh, cu_seqlens optional.
- * algorithm: "auto", "scan" or "fft". */
+ * algorithm: "auto", "scan" or "fft". With cu_seqlens (segments + 1), of int32 or int64, x, y, dy and dx are a packed
+ * row (1, T, D), states have a row per segment, and "fft" is the scan. The values of cu_seqlens are checked on the CPU;
+ * on a GPU wrong ones give wrong results, within the tensors. */
 MEGALODON_API int megalodon_cema_forward_outputs(const DLTensor* x, const DLTensor* alpha, const DLTensor* delta,
                                                  const DLTensor* theta, const DLTensor* gamma, const DLTensor* omega,
                                                  const DLTensor* h0, const DLTensor* cu_seqlens, const char* algorithm,

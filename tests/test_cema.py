@@ -11,6 +11,7 @@ from checks import DTYPES, check_forward, check_gradients
 from golden import Case
 from hypothesis import example, given
 from hypothesis import strategies as st
+from packing import BAD_BOUNDS, BOUNDS_DTYPES, LENGTHS
 from torch import Tensor
 
 from megalodon_ops import registry
@@ -289,7 +290,11 @@ def test_state_alone_and_output_alone_have_gradients() -> None:
         ({"omega": torch.ones(8).double()}, TypeError, "omega must be float32; got float64"),
         ({"h0": torch.ones(1, 8, 4, 2)}, ValueError, r"cema: h0 must be \[B, D, N, 2\] with B = 2"),
         ({"algorithm": "slow"}, ValueError, "algorithm must be auto, scan or fft; got slow"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, NotImplementedError, "cema: cu_seqlens on cpu"),
+        (
+            {"cu_seqlens": torch.tensor([0, 3])},
+            ValueError,
+            r"cema: x must be one packed row, \[1, T, ...\], where cu_seqlens .*\[2, 3, 8\]",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -297,3 +302,93 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     values = dict(zip(names, arguments(F32, 2, 3, 8, 4, True), strict=True))
     with pytest.raises(error, match=message):
         cema(**{**values, **change})
+
+
+# ---- packed rows -------------------------------------------------------------------------------
+
+
+def packed(
+    dtype: torch.dtype,
+    lengths: list[int],
+    D: int,
+    N: int,
+    state: bool,
+    bounds: torch.dtype = torch.int64,
+    algorithm: str = "auto",
+) -> tuple[Any, ...]:
+    make = Maker(dtype)
+    x, p = make.activation(1, sum(lengths), D), parameters(make, D, N)
+    h0 = make.stat(len(lengths), D, N, 2) if state else None
+    return x, *p, h0, make.bounds(*lengths, dtype=bounds), algorithm
+
+
+@given(
+    lengths=LENGTHS,
+    D=st.integers(1, 40),
+    N=st.integers(1, 9),
+    state=st.booleans(),
+    bounds=BOUNDS_DTYPES,
+    dtype=st.sampled_from(DTYPES),
+    algorithm=st.sampled_from(["auto", "scan", "fft"]),
+)
+@example([0], 3, 2, True, torch.int64, F32, "auto")
+@example([0, 3, 1, 0], 5, 2, True, torch.int32, F32, "auto")
+def test_any_segments(
+    isa: str,
+    lengths: list[int],
+    D: int,
+    N: int,
+    state: bool,
+    bounds: torch.dtype,
+    dtype: torch.dtype,
+    algorithm: str,
+) -> None:
+    args = packed(dtype, lengths, D, N, state, bounds, algorithm)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+LONG_SEGMENTS = [
+    ([600], 40, 9, F32),
+    ([300, 0, 257, 1, 128], 24, 17, F32),  # on a GPU: pieces of segments, the states between them
+    ([129, 512, 3], 9, 33, F64),
+    ([700, 1, 900, 0, 513], 17, 16, torch.bfloat16),  # by matrix instructions
+    ([256, 1024, 512], 8, 3, torch.float16),
+    ([2100, 5, 2049], 9, 2, torch.bfloat16),  # in pieces
+]
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize(("lengths", "D", "N", "dtype"), LONG_SEGMENTS)
+def test_long_segments(
+    isa: str, lengths: list[int], D: int, N: int, dtype: torch.dtype, state: bool
+) -> None:
+    args = packed(dtype, lengths, D, N, state)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("lengths", [[150] * 5, [40] * 5])
+def test_segments_are_rows(isa: str, lengths: list[int]) -> None:
+    """Of the same length, bit by bit."""
+    x, *p, h0, cu_seqlens, algorithm = packed(F32, lengths, 19, 4, True)
+    y, h = cema(x, *p, h0, cu_seqlens, algorithm)
+    rows, last = cema(x.reshape(5, -1, 19), *p, h0, None, "scan")
+    assert torch.equal(y.reshape(rows.shape), rows)
+    assert torch.equal(h, last)
+
+
+def test_ten_thousand_segments(isa: str) -> None:
+    """Most of them of one token; the longest comes last."""
+    count = 100 if BACKEND else 10_000
+    lengths = [i % 3 for i in range(count - 1)] + [200]
+    args = packed(F32, lengths, 3, 2, True)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize(("bounds", "error", "message"), BAD_BOUNDS)
+def test_bad_bounds(bounds: Tensor, error: type[Exception], message: str) -> None:
+    x, *p = arguments(F32, 1, 6, 8, 4, False)[:6]
+    with pytest.raises(error, match=f"cema: .*{message}"):
+        cema(x, *p, None, bounds)

@@ -51,10 +51,16 @@ struct Sequences {
   MEGALODON_HOST_DEVICE Piece piece(int64_t number, int64_t size) const {
     const int64_t i =
         packed ? last_of([&](int64_t j) { return first_piece(j, size) <= number; }) : number / pieces_of(length, size);
-    const int64_t index = number - first_piece(i, size), b = begin(i), e = end(i), n = pieces_of(e - b, size);
-    if (index < 0 || index >= n) return {i, index, e, e, false, false};
-    const int64_t from = b + index * size;
-    return {i, index, from, from + size < e ? from + size : e, true, index == n - 1};
+    return piece_of(i, number - first_piece(i, size), size);
+  }
+  // To walk through the pieces that exist: the first of them with this number or a higher one, and the one behind
+  // another. Behind the last one is one of sequence `count`, which does not exist.
+  MEGALODON_HOST_DEVICE Piece piece_from(int64_t number, int64_t size) const {
+    const Piece p = piece(number, size);
+    return p.exists ? p : piece_of(p.sequence + 1, 0, size);
+  }
+  MEGALODON_HOST_DEVICE Piece after(const Piece& p, int64_t size) const {
+    return p.last ? piece_of(p.sequence + 1, 0, size) : piece_of(p.sequence, p.index + 1, size);
   }
 
   // The sequence that a token belongs to.
@@ -63,6 +69,13 @@ struct Sequences {
   }
 
  private:
+  MEGALODON_HOST_DEVICE Piece piece_of(int64_t i, int64_t index, int64_t size) const {
+    if (i >= count) return {count, 0, tokens(), tokens(), false, true};
+    const int64_t b = begin(i), e = end(i), n = pieces_of(e - b, size);
+    if (index < 0 || index >= n) return {i, index, e, e, false, false};
+    const int64_t from = b + index * size;
+    return {i, index, from, from + size < e ? from + size : e, true, index == n - 1};
+  }
   static MEGALODON_HOST_DEVICE constexpr int64_t pieces_of(int64_t tokens, int64_t size) {
     return tokens <= size ? 1 : (tokens - 1) / size + 1;
   }

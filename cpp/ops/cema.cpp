@@ -3,7 +3,7 @@
 // Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t (ops/cema.h); equation
 //           (2) of arXiv 2404.08801 as the released code has it.
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
-// Mapping   a task is a part of the batch and a range of columns (16 channels, one or more vectors). It takes a few
+// Mapping   a task is a part of the sequences and a range of columns (16 channels, one or more vectors). It takes a few
 //           columns at a time through time, in blocks of 128 steps, and in each block column after column, so that
 //           memory is read in order, the tables stay in L2 and a block in L1. A block is 16 tiles, worked on as small
 //           products, several tiles and wavelets in registers (cema_tiles.h). What the next block reads is fetched
@@ -70,10 +70,10 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
   if (!direct) unpack(sums, args.D, lanes, steps, y);
 }
 
-// One row of the batch, the channels [d0, d1).
+// Sequence i, the channels [d0, d1).
 template <class T>
-void forward_row(const CemaForward& args, const TileTables<stat_t<T>>& tables, int64_t b, int64_t d0, int64_t d1,
-                 stat_t<T>* states) {
+void forward_sequence(const CemaForward& args, const TileTables<stat_t<T>>& tables, int64_t i, int64_t d0, int64_t d1,
+                      stat_t<T>* states) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
   const auto* x = static_cast<const T*>(args.x);
@@ -81,25 +81,22 @@ void forward_row(const CemaForward& args, const TileTables<stat_t<T>>& tables, i
   for (int64_t d = d0; d < d1; d += W) {
     const State<A> state(states, d, args.N);
     std::memset(state.hi, 0, 4 * args.N * W * sizeof(A));
-    if (args.h0 == nullptr) continue;
-    for_state(args, b, d, state.hi, [&](int64_t i, A& h) { h = static_cast<const A*>(args.h0)[i]; });
+    if (args.h0 != nullptr) load_state<A>(args, args.h0, i, d, state.hi, false);
   }
-  const bool past = goes_past_caches(args.B * args.L * args.D, args.D, y);
-  for (int64_t t = 0; t < args.L; t += K) {
-    const int64_t left = args.L - t, steps = left < K ? left : K;
+  const int64_t all = args.sequences.tokens(), end = args.sequences.end(i);
+  const bool past = goes_past_caches(all * args.D, args.D, y);
+  for (int64_t t = args.sequences.begin(i), steps; t < end; t += steps) {
+    steps = end - t < K ? end - t : K;
     for (int64_t d = d0; d < d1; d += W) {
-      const int64_t row = (b * args.L + t) * args.D + d;
-      const bool turn = d + W >= d1;  // the next block is the first channels', later
-      const int64_t later = turn ? row + K * args.D + d0 - d : row + W;
-      const Next<T> next{x + later, nullptr, past ? nullptr : y + later, args.D,
-                         !turn          ? steps
-                         : left - K < K ? left - K
-                                        : K};
+      const int64_t row = t * args.D + d;
+      const bool turn = d + W >= d1;  // the next block is the first channels', later: of the next sequence, maybe
+      const int64_t later = turn ? row + steps * args.D + d0 - d : row + W, left = all - t - steps;
+      const Next<T> next{x + later, nullptr, past ? nullptr : y + later, args.D, !turn ? steps : left < K ? left : K};
       forward_block<T>(args, tables, steps, d, x + row, y + row, State<A>(states, d, args.N), next);
     }
   }
   for (int64_t d = d0; d < d1; d += W) {
-    for_state(args, b, d, State<A>(states, d, args.N).hi, [&](int64_t i, A& h) { static_cast<A*>(args.h)[i] = h; });
+    store_state<A>(args, State<A>(states, d, args.N).hi, i, d, args.h, false);
   }
 }
 
@@ -108,10 +105,9 @@ void forward(const CemaForward& args) {
   using A = stat_t<T>;
   TileTables<A> tables;
   A* states = tables.place(args.workspace, args, false);
-  const Parts parts = args.parts();
   with_tables<A>(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const TileTables<A>& own) {
-    for (int64_t b = parts.begin(part); b < parts.end(part); ++b) {
-      forward_row<T>(args, own, b, d0, d1, states + part * args.wavelets() * 4);
+    for (int64_t i = args.first(part), past = args.first(part + 1); i < past; ++i) {
+      forward_sequence<T>(args, own, i, d0, d1, states + part * args.wavelets() * 4);
     }
   });
 }

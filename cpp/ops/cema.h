@@ -3,6 +3,9 @@
 //   y_t = Re sum_n g_n h_(t,n) + omega x_t
 // with a, q, g from the raw parameters as core/coefficients.h says. h is the last state.
 //
+// With cu_seqlens, x, y, dy and dx are one packed row [1, T, D] of S segments (core/sequences.h): all of the above
+// holds in each of them, and h0, h, dh and dh0 have a row for each.
+//
 // Backward, with l_t = dS/dh_t as the pair (dS/d re, dS/d im) read as a complex number:
 //   l_t = conj(g) dy_t + conj(q) l_(t+1),   l_(L-1) = conj(g) dy_(L-1) + dh
 //   dx_t = sum_n a Re l_t + omega dy_t,     dh0 = conj(q) l_0
@@ -16,7 +19,9 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/powers.h"
+#include "core/sequences.h"
 #include "core/tensor.h"
+#include "ops/cema_cut.h"
 #include "ops/cema_fft.h"
 #include "ops/cema_mma.h"
 
@@ -26,27 +31,45 @@ enum class CemaAlgorithm : int32_t { kScan, kFft };
 
 // The sizes, and the way the scan cuts them: by shape alone, so that the workspace does not depend on the machine.
 struct CemaShape {
-  int64_t B, L, D, N;
+  Sequences sequences;
+  int64_t D, N;
 
   static constexpr int64_t kColumn = 16;               // channels worked on together, padded with zeros at the end of D
   static constexpr int64_t kBlock = 128;               // steps of a time block
+  static constexpr int64_t kLeastPart = 1024;          // tokens of a part of segments
   static constexpr int64_t kStaged = 4;                // columns packed at a time
   static constexpr int64_t kTile = 8;                  // steps of a tile of a block, forward
   static constexpr int64_t kTableRow = 4 * kTile + 6;  // numbers per wavelet in the table of coefficients
   static constexpr int64_t kSums = 11, kChannelSums = kTile + 1;  // of gradients, per wavelet and per channel
 
   int64_t columns() const { return (D + kColumn - 1) / kColumn; }
-  int64_t blocks() const { return (L + kBlock - 1) / kBlock; }
-  // Rows of the batch one task walks through, one after the other: few columns need more tasks to occupy the threads.
-  Parts parts() const {
-    const int64_t wanted = columns() > 0 ? (Parts::kMaxParts + columns() - 1) / columns() : 1;
-    return {B, wanted < B ? wanted : B > 0 ? B : 1};
+  // Parts of the sequences, one of which a task walks through, sequence after sequence: few columns need more tasks to
+  // occupy the threads. Each has sums of its own, so that segments make no parts of few tokens. Parts are alike in
+  // tokens and sequences; part p begins with sequence first(p).
+  int64_t parts() const {
+    const int64_t wanted = columns() > 0 ? ceil_div(Parts::kMaxParts, columns()) : 1;
+    const int64_t large = sequences.packed ? ceil_div(sequences.length, kLeastPart) : sequences.count;
+    const int64_t most = large < sequences.count ? large : sequences.count;
+    return wanted < most ? wanted : most > 0 ? most : 1;
+  }
+  int64_t first(int64_t part) const {
+    return part == parts() ? sequences.count : sequences.piece(sequences.pieces(1) * part / parts(), 1).sequence;
+  }
+  // Time blocks of a sequence, of all parts: of the longest possible, or as many as the tokens of all parts have.
+  int64_t blocks() const {
+    const int64_t longest = ceil_div(sequences.length, kBlock);
+    return sequences.packed ? sequences.length / kBlock + parts() : parts() * longest;
+  }
+  int64_t first_block(int64_t part) const {
+    return sequences.packed ? sequences.begin(first(part)) / kBlock + part : part * ceil_div(sequences.length, kBlock);
   }
   int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
 
-  // The fft algorithm: points of the transform, constants, and tasks with `arrays` transformed arrays and `rows` rows
-  // of sums per wavelet besides the response, its coefficients and sums, and what a state adds to the output.
-  int64_t fft_length() const { return B * D == 0 ? 0 : L; }  // L, unless there is nothing of that length
+  // The fft algorithm, of rows alone: points of the transform, constants, and tasks with `arrays` transformed arrays
+  // and `rows` rows of sums per wavelet besides the response, its coefficients and sums, and what a state adds to the
+  // output.
+  // The length is L, unless there is nothing of that length.
+  int64_t fft_length() const { return sequences.count * D == 0 ? 0 : sequences.length; }
   int64_t fft_size() const { return fft_points(fft_length()); }
   int64_t fft_table(DType dtype) const { return fft_table_bytes(fft_size(), stat_dtype(dtype)); }
   ChannelTasks fft_tasks(DType dtype, int64_t arrays, int64_t rows) const {
@@ -63,29 +86,21 @@ struct CemaCudaPlan {
   static constexpr int64_t kThreads = 128;  // of a block: a warp for each scheduler of a processor
   static constexpr int64_t kEach = 4;       // wavelets of a thread
   static constexpr int64_t kMostLanes = 8;  // 16 would need more registers than there are
-  // Few blocks: time is cut into chunks, for two blocks on each of the 132 processors of an H100, which costs up to
-  // 10 N FMA per element in the place of 6 N. Many: a block takes several rows of the batch.
-  static constexpr int64_t kFewBlocks = 99, kWantedBlocks = 264, kManyBlocks = 1056;
-  static constexpr int64_t kLeastChunk = 256;  // chunks are multiples of half of it
-  static constexpr int64_t kFewParts = 16;     // sums of gradients that one thread adds up
+  // Cutting time costs up to 10 N FMA per element in the place of 6 N.
+  static constexpr int64_t kFewBlocks = 99, kLeastPiece = 256;
+  static constexpr int64_t kFewParts = 16;  // sums of gradients that one thread adds up
 
   int64_t lanes;
-  int64_t tiles;           // of channels
-  Parts parts;             // of the batch; as many as it has rows if there are chunks
-  int64_t chunks, length;  // of time, `length` steps each but the last
+  int64_t tiles;  // of channels
+  CemaCut cut;
 
   static CemaCudaPlan of(const CemaShape& shape) {
     int64_t lanes = 1;
     while (lanes < kMostLanes && lanes * kEach < shape.N) lanes *= 2;
     const int64_t tiles = ceil_div(shape.D, kThreads / lanes);
-    const int64_t blocks = tiles * shape.B;
-    const Parts parts = Parts::of(shape.B, 1, tiles == 0 ? 1 : ceil_div(kManyBlocks, tiles));
-    if (blocks == 0 || blocks >= kFewBlocks || shape.L <= kLeastChunk) return {lanes, tiles, parts, 1, shape.L};
-    const int64_t wanted = ceil_div(kWantedBlocks, blocks), most = ceil_div(shape.L, kLeastChunk);
-    const int64_t length = round_up(ceil_div(shape.L, wanted < most ? wanted : most), kLeastChunk / 2);
-    return {lanes, tiles, Parts{shape.B, shape.B}, ceil_div(shape.L, length), length};
+    return {lanes, tiles, CemaCut::of(shape.sequences, tiles, kFewBlocks, kLeastPiece, kLeastPiece / 2)};
   }
-  int64_t sums() const { return parts.parts * chunks; }  // blocks that sum up the same parameters' gradients
+  int64_t parts() const { return cut.parts.parts; }  // blocks that sum up the same parameters' gradients
   // Wavelets are worked on in groups of at most kMostLanes * kEach: each adds to the outputs of the one before.
   static bool has_groups(int64_t N) { return N > kMostLanes * kEach; }
 };
@@ -118,11 +133,11 @@ struct CemaForward : CemaShape {
   void* workspace;    // scan: see scan_bytes
 
   // Coefficients (for each wavelet a row and q in float64, for each channel the response of a tile) and the running
-  // states, in two parts each, of every part of the batch.
+  // states, in two numbers each, of every part of the sequences.
   int64_t scan_bytes() const {
     const int64_t stat = size_of(stat_dtype(dtype));
     return wavelets() * (kTableRow * stat + 2 * 8) + columns() * kColumn * kTile * stat +
-           parts().parts * wavelets() * 4 * stat;
+           parts() * wavelets() * 4 * stat;
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
@@ -132,25 +147,25 @@ struct CemaForward : CemaShape {
     return kMaxVectorBytes + fft_table() + fft_tasks().bytes();
   }
 
-  // The GPU: five numbers per wavelet, the states between chunks, and sums over the groups of wavelets so far.
-  bool is_short() const { return L <= kCemaCudaShortSteps && N <= kCemaCudaShortWavelets; }
-  bool by_products() const { return CemaMmaPlan::takes(dtype, L, N); }
-  // By transforms only from zeros on. First in the workspace, the states that chunks end with, and the table.
+  // The GPU: five numbers per wavelet, the states between pieces, and sums over the groups of wavelets so far.
+  bool is_short() const { return sequences.length <= kCemaCudaShortSteps && N <= kCemaCudaShortWavelets; }
+  bool by_products() const { return CemaMmaPlan::takes(dtype, sequences, N); }
+  // By transforms only from zeros on. First in the workspace, the states that pieces end with, and the table.
   bool by_transforms() const { return algorithm == CemaAlgorithm::kFft && h0 == nullptr; }
   CemaFftCudaRoom transform_room() const {
-    const int64_t states = (5 + B * CemaCudaPlan::of(*this).chunks * 2) * D * N * 8;
-    return CemaFftCudaRoom::forward(states, dtype, B, L, D);
+    const int64_t states = (5 + CemaCudaPlan::of(*this).cut.ends() * 2) * D * N * 8;
+    return CemaFftCudaRoom::forward(states, dtype, sequences.count, sequences.length, D);
   }
   int64_t cuda_bytes() const {
     if (by_transforms()) return transform_room().bytes;
     if (is_short()) return 0;
     if (by_products()) {
-      const CemaMmaPlan plan = CemaMmaPlan::of(B, L, D);
-      return B * (plan.chunks - 1) * D * N * 2 * 8 + plan.table_bytes(N);
+      const CemaMmaPlan plan = CemaMmaPlan::of(sequences, D);
+      return plan.cut.places() * D * N * 2 * 8 + plan.table_bytes(N);
     }
     const CemaCudaPlan plan = CemaCudaPlan::of(*this);
-    return (5 + B * (plan.chunks - 1) * 2) * D * N * 8 +
-           (CemaCudaPlan::has_groups(N) ? B * L * D * size_of(stat_dtype(dtype)) : 0);
+    return (5 + plan.cut.places() * 2) * D * N * 8 +
+           (CemaCudaPlan::has_groups(N) ? sequences.tokens() * D * size_of(stat_dtype(dtype)) : 0);
   }
 };
 
@@ -175,18 +190,20 @@ struct CemaBackward : CemaShape {
   void* dh0;       // [B, D, N, 2], nullptr when h0 is
   void* workspace;
 
-  // Coefficients as forward and the powers of q within a tile, and for each part: running states in two parts each,
-  // sums of gradients in float64, the state at the start of every time block (2 N / 128 numbers per element of x).
+  // Coefficients as forward and the powers of q within a tile, and for each part: running states in two numbers
+  // each and sums of gradients in float64; the state at the start of every time block (2 N / 128 numbers per element of
+  // x).
   int64_t scan_bytes() const {
     const int64_t stat = size_of(stat_dtype(dtype)), channels = columns() * kColumn;
     return wavelets() * ((kTableRow + 2 * (kTile - 1)) * stat + 2 * 8) + channels * kTile * stat +
-           parts().parts * (wavelets() * (kSums * 8 + (4 + 2 * blocks()) * stat) + channels * kChannelSums * 8);
+           parts() * (wavelets() * (kSums * 8 + 4 * stat) + channels * kChannelSums * 8) +
+           blocks() * wavelets() * 2 * stat;
   }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 3, 7); }
   CemaAlgorithm automatic() const {
     const bool stateless = dh == nullptr && h0 == nullptr;
-    const bool large = N >= kFftBackwardWavelets && L >= kFftBackwardSteps;
+    const bool large = N >= kFftBackwardWavelets && sequences.length >= kFftBackwardSteps;
     return stateless && large ? CemaAlgorithm::kFft : CemaAlgorithm::kScan;
   }
   int64_t workspace_bytes() const {
@@ -194,40 +211,43 @@ struct CemaBackward : CemaShape {
     return kMaxVectorBytes + fft_table() + fft_tasks().bytes();
   }
 
-  // The GPU: as forward, with the adjoint state, the state and its derivative by q between chunks; then the sums of
+  // The GPU: as forward, with the adjoint state, the state and its derivative by q between pieces; then the sums of
   // every block, and where these are many their total.
   // By products only dx, and only without h0 and dh, as in training: then dS/da follows from dS/dg, and the scan of the
   // adjoint is spared.
-  bool by_products() const { return CemaMmaPlan::takes(dtype, L, N) && h0 == nullptr && dh == nullptr; }
+  bool by_products() const { return CemaMmaPlan::takes(dtype, sequences, N) && h0 == nullptr && dh == nullptr; }
   int64_t product_bytes() const {
-    const CemaMmaPlan plan = CemaMmaPlan::of(B, L, D);
-    return by_products() ? B * (plan.chunks - 1) * D * N * 2 * 8 + plan.table_bytes(N) : 0;
+    const CemaMmaPlan plan = CemaMmaPlan::of(sequences, D);
+    return by_products() ? plan.cut.places() * D * N * 2 * 8 + plan.table_bytes(N) : 0;
   }
   int64_t cuda_sums() const { return (5 * N + 1) * D; }  // of a block of every tile
   bool by_transforms() const { return algorithm == CemaAlgorithm::kFft && h0 == nullptr && dh == nullptr; }
-  CemaFftCudaRoom transform_room() const { return CemaFftCudaRoom::backward(dtype, B, L, D, N); }
+  CemaFftCudaRoom transform_room() const {
+    return CemaFftCudaRoom::backward(dtype, sequences.count, sequences.length, D, N);
+  }
   int64_t cuda_bytes() const {
     if (by_transforms()) return transform_room().bytes;
     const CemaCudaPlan plan = CemaCudaPlan::of(*this);
-    return product_bytes() + (5 + B * (plan.chunks - 1) * 6) * D * N * 8 + (plan.sums() + 1) * cuda_sums() * 8 +
-           (CemaCudaPlan::has_groups(N) ? B * L * D * size_of(stat_dtype(dtype)) : 0);
+    return product_bytes() + (5 + plan.cut.places() * 6) * D * N * 8 + (plan.parts() + 1) * cuda_sums() * 8 +
+           (CemaCudaPlan::has_groups(N) ? sequences.tokens() * D * size_of(stat_dtype(dtype)) : 0);
   }
 };
 
-// `automatic` is what auto means for this shape.
-static inline CemaAlgorithm check_cema_algorithm(const Checker& c, const char* algorithm, CemaAlgorithm automatic) {
+// What an algorithm means for these arguments. Transforms are of rows alone: a packed row is the scan's.
+template <class Args>
+static inline CemaAlgorithm check_cema_algorithm(const Checker& c, const char* algorithm, const Args& args) {
   const std::string name = algorithm == nullptr ? "none" : algorithm;
-  if (name == "auto") return c.on_cuda() ? CemaAlgorithm::kScan : automatic;
-  if (name == "scan") return CemaAlgorithm::kScan;
-  c.require(name == "fft", "algorithm", "auto, scan or fft", name);
-  return CemaAlgorithm::kFft;
+  c.require(name == "auto" || name == "scan" || name == "fft", "algorithm", "auto, scan or fft", name);
+  if (name == "scan" || args.sequences.packed) return CemaAlgorithm::kScan;
+  if (name == "fft") return CemaAlgorithm::kFft;
+  return c.on_cuda() ? CemaAlgorithm::kScan : args.automatic();
 }
 
 // The parameters, in the order of both functions; Args is either of the two.
 template <class Args>
 static inline void check_cema_parameters(Checker& c, Args& args, const Tensor& x, const DLTensor* alpha_in,
                                          const DLTensor* delta_in, const DLTensor* theta_in, const DLTensor* gamma_in,
-                                         const DLTensor* omega_in) {
+                                         const DLTensor* omega_in, const DLTensor* cu_seqlens) {
   const DType stat = stat_dtype(x.dtype);
   const Dim D = x.dim(2, "D");
   const Tensor alpha = c.tensor("alpha", alpha_in, stat, {D, any("N")});
@@ -240,8 +260,7 @@ static inline void check_cema_parameters(Checker& c, Args& args, const Tensor& x
   args.omega = c.tensor("omega", omega_in, stat, {D}).data;
   args.dtype = x.dtype;
   args.x = x.data;
-  args.B = x.shape[0];
-  args.L = x.shape[1];
+  args.sequences = c.sequences(x, cu_seqlens);
   args.D = D.size;
   args.N = N.size;
 }
@@ -252,14 +271,13 @@ static inline CemaForward check_cema(Checker& c, const DLTensor* x_in, const DLT
                                      Outputs&& out) {
   const Tensor x = c.activation("x", x_in, {any("B"), any("L"), any("D")});
   CemaForward args{};
-  check_cema_parameters(c, args, x, alpha, delta, theta, gamma, omega);
+  check_cema_parameters(c, args, x, alpha, delta, theta, gamma, omega, cu_seqlens);
   const DType stat = stat_dtype(x.dtype);
   const Dim N{"N", args.N, "alpha", 1};
-  args.h0 = c.optional("h0", h0_in, stat, {x.dim(0, "B"), x.dim(2, "D"), N, Dim{"2", 2}}).data;
-  c.no_cu_seqlens(cu_seqlens);
-  args.algorithm = check_cema_algorithm(c, algorithm, args.automatic());
+  args.h0 = c.optional("h0", h0_in, stat, {c.rows_of(x, args.sequences), x.dim(2, "D"), N, Dim{"2", 2}}).data;
+  args.algorithm = check_cema_algorithm(c, algorithm, args);
   args.y = out.like(c, "y", x);
-  args.h = out.next(c, "h", stat, {args.B, args.D, args.N, 2});
+  args.h = out.next(c, "h", stat, {args.sequences.count, args.D, args.N, 2});
   args.workspace = out.workspace(c, c.on_cuda() ? args.cuda_bytes() : args.workspace_bytes());
   return args;
 }
@@ -272,14 +290,13 @@ static inline CemaBackward check_cema_backward(Checker& c, const DLTensor* dy_in
   const Tensor x = c.activation("x", x_in, {any("B"), any("L"), any("D")});
   CemaBackward args{};
   args.dy = c.like("dy", dy_in, x).data;
-  check_cema_parameters(c, args, x, alpha, delta, theta, gamma, omega);
+  check_cema_parameters(c, args, x, alpha, delta, theta, gamma, omega, cu_seqlens);
   const DType stat = stat_dtype(x.dtype);
-  const Dim B = x.dim(0, "B"), D = x.dim(2, "D"), N{"N", args.N, "alpha", 1};
-  args.dh = c.optional("dh", dh_in, stat, {B, D, N, Dim{"2", 2}}).data;
-  const Tensor h0 = c.optional("h0", h0_in, stat, {B, D, N, Dim{"2", 2}});
+  const Dim rows = c.rows_of(x, args.sequences), D = x.dim(2, "D"), N{"N", args.N, "alpha", 1};
+  args.dh = c.optional("dh", dh_in, stat, {rows, D, N, Dim{"2", 2}}).data;
+  const Tensor h0 = c.optional("h0", h0_in, stat, {rows, D, N, Dim{"2", 2}});
   args.h0 = h0.data;
-  c.no_cu_seqlens(cu_seqlens);
-  args.algorithm = check_cema_algorithm(c, algorithm, args.automatic());
+  args.algorithm = check_cema_algorithm(c, algorithm, args);
   args.dx = out.like(c, "dx", x);
   args.dalpha = out.next(c, "dalpha", stat, {args.D, args.N});
   args.ddelta = out.next(c, "ddelta", stat, {args.D, args.N});

@@ -4,11 +4,12 @@
 //           cema_tiles.h: M <- q^T M + sum_i g q^(i+1) dy_i and dx_j = sum_i k_(i-j) dy_i + Re sum_n a q^(T-1-j) M,
 //           which is the forward pass with time reversed; and the products of cema_products.h.
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
-// Mapping   as forward (cema.cpp). A row goes through time forward once, keeping the state at every block's start, then
-//           backward, where every block's states are made again, into L1.
+// Mapping   as forward (cema.cpp). A sequence goes through time forward once, keeping the state at every block's start,
+//           then backward, where every block's states are made again, into L1.
 // Traffic   6 elements; per element about 14 N + 16 N / T + T FMA: compute-bound.
-// Numerics  as forward; products are summed in A over the 16 tiles of a block, in float64 over blocks and rows, in a
-//           fixed order. The steps behind the last whole tile of a row are done one by one, in float64.
+// Numerics  as forward; products are summed in A over the 16 tiles of a block, in float64 over blocks and sequences, in
+// a
+//           fixed order. The steps behind the last whole tile of a sequence are done one by one, in float64.
 // Limits    none on B, L, D; N >= 1.
 #include "ops/cema.h"
 #include "ops/cema_products.h"
@@ -24,17 +25,18 @@ struct Scratch {
   double* sums;      // [D, N, kSums]
   double* channels;  // [D, kChannelSums]
   A* states;         // [D, N, 4]: of h, then of M
-  A* checkpoints;    // [blocks, D, N, 2]
+  A* checkpoints;    // [blocks of a sequence, D, N, 2]
   int64_t wavelets, N;
 
-  Scratch(A* memory, const CemaShape& shape, int64_t part) : wavelets(shape.wavelets()), N(shape.N) {
-    const int64_t parts = shape.parts().parts, all = shape.columns() * CemaShape::kColumn;
+  Scratch(A* memory, const CemaShape& shape, int64_t part, int64_t first_block = 0)
+      : wavelets(shape.wavelets()), N(shape.N) {
+    const int64_t parts = shape.parts(), all = shape.columns() * CemaShape::kColumn;
     auto* wide = reinterpret_cast<double*>(memory);
     sums = wide + part * wavelets * kSums;
     channels = wide + parts * wavelets * kSums + part * all * kChannelSums;
     auto* narrow = reinterpret_cast<A*>(wide + parts * (wavelets * kSums + all * kChannelSums));
     states = narrow + part * wavelets * 4;
-    checkpoints = narrow + parts * wavelets * 4 + part * shape.blocks() * wavelets * 2;
+    checkpoints = narrow + parts * wavelets * 4 + first_block * wavelets * 2;
   }
   // Of the vector of channels from d on, from wavelet n.
   double* sums_of(int64_t d, int64_t n) const { return sums + (d * N + n * kLanes<A>)*kSums; }
@@ -110,7 +112,7 @@ void backward_block(const CemaBackward& args, const TileTables<stat_t<T>>& table
 // becomes M.
 template <class T>
 void backward_tail(const CemaBackward& args, const TileTables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
-                   int64_t steps, int64_t b, int64_t d, const T* x_rows, const T* dy_rows, T* dx_rows) {
+                   int64_t steps, int64_t sequence, int64_t d, const T* x_rows, const T* dy_rows, T* dx_rows) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
   const int64_t N = args.N, lanes = args.D - d;
@@ -144,7 +146,7 @@ void backward_tail(const CemaBackward& args, const TileTables<stat_t<T>>& tables
         h[t + 1].re += a * from[t];
       }
       if (dh != nullptr) {
-        const A* of_row = dh + b * args.D * N * 2 + 2 * n;
+        const A* of_row = dh + sequence * args.D * N * 2 + 2 * n;
         M = conj(Complex<Double>{parameters.gather(of_row, d + i, 2 * N), parameters.gather(of_row + 1, d + i, 2 * N)});
       }
       Complex<Double> by_g{}, by_log{};
@@ -167,26 +169,26 @@ void backward_tail(const CemaBackward& args, const TileTables<stat_t<T>>& tables
   unpack(dx, args.D, lanes, steps, dx_rows);
 }
 
-// One row of the batch, the channels [d0, d1).
+// Sequence i, the channels [d0, d1).
 template <class T>
-void backward_row(const CemaBackward& args, const TileTables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
-                  int64_t b, int64_t d0, int64_t d1) {
+void backward_sequence(const CemaBackward& args, const TileTables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
+                       int64_t i, int64_t d0, int64_t d1) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
-  const int64_t rest = args.L % kTile, whole = args.L - rest, blocks = ceil_div(whole, K);
+  const int64_t begin = args.sequences.begin(i), rest = (args.sequences.end(i) - begin) % kTile;
+  const int64_t whole = args.sequences.end(i) - begin - rest, blocks = ceil_div(whole, K);
   const auto* x = static_cast<const T*>(args.x);
   const auto* dy = static_cast<const T*>(args.dy);
   auto* dx = static_cast<T*>(args.dx);
-  const bool past = goes_past_caches(args.B * args.L * args.D, args.D, dx);
+  const bool past = goes_past_caches(args.sequences.tokens() * args.D, args.D, dx);
   const auto for_block = [&](int64_t block, auto&& body) {
     const int64_t steps = whole - block * K < K ? whole - block * K : K;
-    for (int64_t d = d0; d < d1; d += W) body(d, (b * args.L + block * K) * args.D + d, steps);
+    for (int64_t d = d0; d < d1; d += W) body(d, (begin + block * K) * args.D + d, steps);
   };
 
   for (int64_t d = d0; d < d1; d += W) {
     std::memset(scratch.hi(d, 0), 0, 4 * args.N * W * sizeof(A));
-    if (args.h0 == nullptr) continue;
-    for_state(args, b, d, scratch.hi(d, 0), [&](int64_t i, A& h) { h = static_cast<const A*>(args.h0)[i]; });
+    if (args.h0 != nullptr) load_state<A>(args, args.h0, i, d, scratch.hi(d, 0), false);
   }
   for (int64_t block = 0; block < blocks; ++block) {
     for_block(block, [&](int64_t d, int64_t row, int64_t steps) {
@@ -198,16 +200,12 @@ void backward_row(const CemaBackward& args, const TileTables<stat_t<T>>& tables,
   }
   for (int64_t d = d0; d < d1; d += W) {
     if (rest > 0) {
-      const int64_t row = (b * args.L + whole) * args.D + d;
-      backward_tail<T>(args, tables, scratch, rest, b, d, x + row, dy + row, dx + row);
+      const int64_t row = (begin + whole) * args.D + d;
+      backward_tail<T>(args, tables, scratch, rest, i, d, x + row, dy + row, dx + row);
       std::memset(scratch.lo(d, 0), 0, 2 * args.N * W * sizeof(A));
     } else {
       std::memset(scratch.hi(d, 0), 0, 4 * args.N * W * sizeof(A));
-      if (args.dh == nullptr) continue;
-      for_state(args, b, d, scratch.hi(d, 0), [&](int64_t i, A& m) {
-        const A v = static_cast<const A*>(args.dh)[i];
-        m = i % 2 == 0 ? v : -v;
-      });
+      if (args.dh != nullptr) load_state<A>(args, args.dh, i, d, scratch.hi(d, 0), true);
     }
   }
   for (int64_t block = blocks; block-- > 0;) {
@@ -220,8 +218,7 @@ void backward_row(const CemaBackward& args, const TileTables<stat_t<T>>& tables,
   }
   if (args.dh0 == nullptr) return;
   for (int64_t d = d0; d < d1; d += W) {
-    for_state(args, b, d, scratch.hi(d, 0),
-              [&](int64_t i, A& m) { static_cast<A*>(args.dh0)[i] = i % 2 == 0 ? m : -m; });
+    store_state<A>(args, scratch.hi(d, 0), i, d, args.dh0, true);
   }
 }
 
@@ -230,7 +227,7 @@ template <class A>
 void finish_gradients(const CemaBackward& args, A* memory, int64_t d) {
   constexpr int64_t W = kLanes<A>;
   const Parameters<A> parameters = Parameters<A>::of(args);
-  const int64_t lanes = parameters.lanes(d), N = args.N, parts = args.parts().parts;
+  const int64_t lanes = parameters.lanes(d), N = args.N, parts = args.parts();
   const int64_t vector = d / W * W, i = d - vector;  // the vector of channels these are in, and where
   const double scale = gamma_scale(N);
   const Sigmoid<Double> frequency = parameters.frequency(d);
@@ -284,13 +281,14 @@ void backward(const CemaBackward& args) {
   using A = stat_t<T>;
   TileTables<A> tables;
   A* memory = tables.place(args.workspace, args, true);
-  const Parts parts = args.parts();
   with_tables<A>(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const TileTables<A>& own) {
-    const Scratch<A> scratch(memory, args, part);
+    const Scratch<A> scratch(memory, args, part, args.first_block(part));
     const int64_t channels = round_up(d1 - d0, CemaShape::kColumn);
     std::memset(scratch.sums_of(d0, 0), 0, channels * args.N * kSums * sizeof(double));
     std::memset(scratch.channels_of(d0), 0, channels * kChannelSums * sizeof(double));
-    for (int64_t b = parts.begin(part); b < parts.end(part); ++b) backward_row<T>(args, own, scratch, b, d0, d1);
+    for (int64_t i = args.first(part), past = args.first(part + 1); i < past; ++i) {
+      backward_sequence<T>(args, own, scratch, i, d0, d1);
+    }
   });
   parallel_for(args.columns(), 1 + 64 / (CemaShape::kColumn * args.N), [&](int64_t begin, int64_t end) {
     for (int64_t d = begin * CemaShape::kColumn; d < end * CemaShape::kColumn && d < args.D; d += kDoubles) {

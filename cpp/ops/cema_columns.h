@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/gemm.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/subnormals.h"
@@ -13,11 +14,11 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the batch. The
+// Calls body(part, first, last) for the tasks [begin, end): the columns [first, last) of one part of the sequences. The
 // parts of a column are neighbours, so that mostly one thread has them all, and the column's tables in its cache.
 template <class Body>
 void for_columns(const CemaShape& shape, int64_t begin, int64_t end, Body&& body) {
-  const int64_t parts = shape.parts().parts;
+  const int64_t parts = shape.parts();
   while (begin < end) {
     const int64_t column = begin / parts, part = begin % parts, whole = (end - begin) / parts;
     if (part == 0 && whole > 0) {
@@ -47,13 +48,38 @@ void for_wavelets(int64_t N, Body&& body) {
   if (n < N) body(std::integral_constant<int, 1>{}, n);
 }
 
-// Calls body(index in a tensor [B, D, N, 2], entry of `state` [N, 2, lanes]) for row b and the channels from d on.
-template <class A, class Body>
-void for_state(const CemaShape& shape, int64_t b, int64_t d, A* state, Body&& body) {
+// From row i of a tensor [B, D, N, 2] to `state` [N, 2, lanes], the channels from d on, or back; conjugated, if so.
+template <class A>
+inline Vec<A> conjugated(Vec<A> pairs, bool is_conjugated) {
+  for (int64_t l = 1; is_conjugated && l < kLanes<A>; l += 2) pairs[l] = -pairs[l];
+  return pairs;
+}
+template <class A>
+void load_state(const CemaShape& shape, const void* tensor, int64_t i, int64_t d, A* state, bool is_conjugated) {
   constexpr int64_t W = kLanes<A>;
-  for (int64_t l = 0; l < W && d + l < shape.D; ++l) {
-    const int64_t at = (b * shape.D + d + l) * shape.N * 2;
-    for (int64_t i = 0; i < 2 * shape.N; ++i) body(at + i, state[i * W + l]);
+  const int64_t count = 2 * shape.N;
+  const A* from = static_cast<const A*>(tensor) + (i * shape.D + d) * count;
+  for (int64_t e = 0; e < count; e += W) {
+    Vec<A> block[W];
+    for (int64_t l = 0; l < W; ++l) {
+      block[l] = d + l < shape.D ? conjugated<A>(load(from + l * count + e, count - e), is_conjugated) : Vec<A>{};
+    }
+    transpose<A>(block);
+    for (int64_t r = 0; r < W && e + r < count; ++r) store(state + (e + r) * W, block[r]);
+  }
+}
+template <class A>
+void store_state(const CemaShape& shape, const A* state, int64_t i, int64_t d, void* tensor, bool is_conjugated) {
+  constexpr int64_t W = kLanes<A>;
+  const int64_t count = 2 * shape.N;
+  A* to = static_cast<A*>(tensor) + (i * shape.D + d) * count;
+  for (int64_t e = 0; e < count; e += W) {
+    Vec<A> block[W];
+    for (int64_t r = 0; r < W; ++r) block[r] = e + r < count ? load(state + (e + r) * W) : Vec<A>{};
+    transpose<A>(block);
+    for (int64_t l = 0; l < W && d + l < shape.D; ++l) {
+      store(to + l * count + e, conjugated<A>(block[l], is_conjugated), count - e);
+    }
   }
 }
 

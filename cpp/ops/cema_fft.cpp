@@ -128,8 +128,8 @@ inline Complex<Double> times(Double a, const Complex<Double>& z) { return {a * z
 template <class T>
 void forward(const CemaForward& args) {
   using A = stat_t<T>;
-  const int64_t L = args.L, D = args.D;
-  if (args.B * D == 0) return;
+  const int64_t B = args.sequences.count, L = args.sequences.length, D = args.D;
+  if (B * D == 0) return;
   const auto* h0 = static_cast<const A*>(args.h0);
   char* table = aligned(args.workspace);
   const Fft<A> fft(args.fft_size(), table);
@@ -138,7 +138,7 @@ void forward(const CemaForward& args) {
   for_channels<A>(args.fft_tasks(), table + args.fft_table(), [&](int64_t d, int64_t lanes, Slot slot) {
     Column<T> column(args, fft, d, lanes, slot);
     auto* z = slot.take<Vec<A>>(2 * fft.points());
-    for (int64_t b = 0; b < args.B; ++b) {
+    for (int64_t b = 0; b < B; ++b) {
       const T* x = static_cast<const T*>(args.x) + b * L * D + d;
       T* y = static_cast<T*>(args.y) + b * L * D + d;
       const A* start = h0 == nullptr ? nullptr : h0 + b * D * args.N * 2;
@@ -208,7 +208,7 @@ template <class T>
 void backward_row(const CemaBackward& args, const Fft<stat_t<T>>& fft, Column<T>& column, int64_t b, int64_t d,
                   int64_t lanes, Vec<stat_t<T>>* reversed, Vec<stat_t<T>>* z, Vec<stat_t<T>>* sum, double* gradients) {
   using A = stat_t<T>;
-  const int64_t L = args.L, D = args.D;
+  const int64_t L = args.sequences.length, D = args.D;
   const int64_t first = b * L * D + d, last = first + (L - 1) * D;
   const auto* dy = static_cast<const T*>(args.dy);
   const auto* x = static_cast<const T*>(args.x);
@@ -259,7 +259,9 @@ void backward(const CemaBackward& args) {
     auto* sum = slot.take<Vec<A>>(2 * H);
     std::memset(gradients, 0, args.N * kWaveletSums * W * sizeof(double));
     std::memset(sum, 0, 2 * H * sizeof(Vec<A>));
-    for (int64_t b = 0; b < args.B; ++b) backward_row(args, fft, column, b, d, lanes, reversed, z, sum, gradients);
+    for (int64_t b = 0; b < args.sequences.count; ++b) {
+      backward_row(args, fft, column, b, d, lanes, reversed, z, sum, gradients);
+    }
 
     fft.inverse(sum);
     const A scale = A(1) / static_cast<A>(H);

@@ -1,9 +1,9 @@
 // How a GPU computes cema by transforms (cuda/ops/cema_fft.cu): what lies where in the workspace.
 //
 // Forward without h0 the outputs are a convolution with the response, and the last state is the scan's: the states that
-// chunks of time end with, 4 N FMA per element. Backward without h0 and dh all is the gradient of that convolution.
+// pieces of time end with, 4 N FMA per element. Backward without h0 and dh all is the gradient of that convolution.
 // Where a state comes in or its gradient does, the scan does it all: what leads from h0 to every output costs 6 N FMA
-// per element, as the whole scan does, and its gradient the 14 N of the scan's larger half.
+// per element, as the whole scan does, and its gradient the 14 N of the scan's larger half. Packed rows are the scan's.
 #pragma once
 
 #include "ops/cema_kernel.h"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/dtype.h"
-#include "core/parallel.h"
+#include "ops/cema_cut.h"
 
 namespace megalodon {
 
@@ -46,25 +46,23 @@ struct CemaMmaPlan {
   static constexpr int64_t kChannels = 8;  // of a block of threads, a warp for each
   // Tables of more wavelets, for 8 channels, would not fit into the 99 KB of shared memory that all of sm_80 to sm_89
   // have; a shorter row would be mostly padding.
-  static constexpr int64_t kMostWavelets = 16, kLeastSteps = kGroup;
-  // Few blocks: time is cut into chunks, whose tables are read once each. Many: a block takes several rows of the
-  // batch.
-  static constexpr int64_t kWantedBlocks = 264, kManyBlocks = 1056, kLeastChunk = 4 * kGroup;
+  static constexpr int64_t kMostWavelets = 16, kLeastSteps = kGroup, kLeastMean = kGroup / 2;
+  static constexpr int64_t kLeastPiece = 4 * kGroup;  // each reads its tables once
 
-  int64_t tiles;           // of channels
-  Parts parts;             // of the batch; as many as it has rows if there are chunks
-  int64_t chunks, length;  // of time, `length` steps each but the last: whole groups
+  int64_t tiles;  // of channels
+  CemaCut cut;    // into whole groups
 
-  static constexpr bool takes(DType dtype, int64_t L, int64_t N) {
-    return (dtype == DType::kBfloat16 || dtype == DType::kFloat16) && N <= kMostWavelets && L >= kLeastSteps;
+  // Rows of packed sequences by their mean length: of those half as long as a group, half of the work is padding, and
+  // the scan's would still be more.
+  static constexpr bool takes(DType dtype, const Sequences& sequences, int64_t N) {
+    const bool is_long = sequences.packed
+                             ? sequences.tokens() >= kGroup && sequences.tokens() / sequences.count >= kLeastMean
+                             : sequences.length >= kLeastSteps;
+    return (dtype == DType::kBfloat16 || dtype == DType::kFloat16) && N <= kMostWavelets && is_long;
   }
-  static constexpr CemaMmaPlan of(int64_t B, int64_t L, int64_t D) {
-    const int64_t tiles = ceil_div(D, kChannels), blocks = tiles * B;
-    const Parts parts = Parts::of(B, 1, tiles == 0 ? 1 : ceil_div(kManyBlocks, tiles));
-    if (blocks == 0 || blocks >= kWantedBlocks / 2 || L <= kLeastChunk) return {tiles, parts, 1, round_up(L, kGroup)};
-    const int64_t wanted = ceil_div(kWantedBlocks, blocks), most = ceil_div(L, kLeastChunk);
-    const int64_t length = round_up(ceil_div(L, wanted < most ? wanted : most), kGroup);
-    return {tiles, Parts{B, B}, ceil_div(L, length), length};
+  static constexpr CemaMmaPlan of(const Sequences& sequences, int64_t D) {
+    const int64_t tiles = ceil_div(D, kChannels);
+    return {tiles, CemaCut::of(sequences, tiles, CemaCut::kWantedBlocks / 2, kLeastPiece, kGroup)};
   }
   int64_t table_bytes(int64_t N) const { return tiles * kChannels * CemaMmaTable::of(N).bytes(); }
 };

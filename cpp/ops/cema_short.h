@@ -3,7 +3,7 @@
 // Lanes are the wavelets of one channel, as they lie in memory: a vector of the state holds (re, im) pairs, and so do
 // the tables, so that h <- a x + q h is  h <- A x + Q1 h + Q2 swap(h)  with  A = (a, 0), Q1 = (re q, re q),
 // Q2 = (-im q, im q), and y = sum of (re g, -im g) h. The tables of a channel are made once, in float64, and serve all
-// rows of the batch. For a float32 state q is a sum of two float32 numbers, so that its rounding cannot add up over
+// sequences. For a float32 state q is a sum of two float32 numbers, so that its rounding cannot add up over
 // many calls; that of the state, once a step, is what a state in float32 has anyway.
 #pragma once
 
@@ -18,7 +18,8 @@ constexpr int64_t kShortWavelets = 64;
 
 // The tables of tiles cost as much as about 32 steps here; a step here costs 4 times as much as in a whole tile.
 static inline bool is_short(const CemaForward& args) {
-  return args.N <= kShortWavelets && args.L <= kShortSteps && (args.L <= 4 || args.B * args.L <= kShortSteps);
+  const int64_t L = args.sequences.length;
+  return args.N <= kShortWavelets && L <= kShortSteps && (L <= 4 || args.sequences.tokens() <= kShortSteps);
 }
 
 template <class A>
@@ -112,7 +113,7 @@ struct ShortTable {
   }
 };
 
-// One row of the batch, kLanes channels, as many as there are: h0 (nullptr: zeros) to h, x to y, whose steps are D
+// One sequence, kLanes channels, as many as there are: h0 (nullptr: zeros) to h, x to y, whose steps are D
 // elements apart. `next` is the next row's h0, fetched meanwhile (nullptr: none).
 template <bool kPast, class T, class A = stat_t<T>>
 void short_row(const A* tables, int64_t N, int64_t L, int64_t D, int64_t lanes, Vec<A> omega, const A* h0, A* h,
@@ -172,14 +173,16 @@ void forward_short(const CemaForward& args) {
   const auto* omega = static_cast<const A*>(args.omega);
   const auto* h0 = static_cast<const A*>(args.h0);
   auto* h = static_cast<A*>(args.h);
+  const Sequences& sequences = args.sequences;
   const int64_t N = args.N, D = args.D, state = D * N * 2;
-  const bool past = 2 * N % W == 0 && goes_past_caches(args.B * state, 2 * N, h);
+  const bool past = 2 * N % W == 0 && goes_past_caches(sequences.count * state, 2 * N, h);
   const A scale = static_cast<A>(gamma_scale(N));
   const int64_t table = Table::kRows * Table::stride(N);
-  // Channels a thread makes the tables of before it goes over the batch: their states are one piece of memory per row.
+  // Channels a thread makes the tables of before it goes over the sequences: their states are one piece of memory per
+  // row.
   constexpr int64_t kRoom = 2 * W * ShortTable<A>::kRows * 2 * kShortWavelets;
   const int64_t most = kRoom / table / W * W;
-  const int64_t per_vector = W * N * (16 + args.B * (1 + args.L));
+  const int64_t per_vector = W * N * (16 + sequences.count + sequences.tokens());
   parallel_for(ceil_div(D, W), 1 + 16384 / per_vector, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
     alignas(64) A tables[kRoom];
@@ -193,13 +196,14 @@ void forward_short(const CemaForward& args) {
                       tables + (d + l - first) * table);
         }
       }
-      for (int64_t b = 0; b < args.B; ++b) {
+      for (int64_t s = 0; s < sequences.count; ++s) {
+        const int64_t start = sequences.begin(s), steps = sequences.end(s) - start;
         for (int64_t d = first; d < last; d += W) {
-          const int64_t lanes = last - d < W ? last - d : W, at = b * state + d * N * 2, row = b * args.L * D + d;
+          const int64_t lanes = last - d < W ? last - d : W, at = s * state + d * N * 2, row = start * D + d;
           const A* from = h0 == nullptr ? nullptr : h0 + at;
-          const A* next = from == nullptr || b + 1 == args.B ? nullptr : from + state;
+          const A* next = from == nullptr || s + 1 == sequences.count ? nullptr : from + state;
           const auto go = [&](auto kPast) {
-            short_row<kPast.value>(tables + (d - first) * table, N, args.L, D, lanes, load(omega + d, lanes), from,
+            short_row<kPast.value>(tables + (d - first) * table, N, steps, D, lanes, load(omega + d, lanes), from,
                                    h + at, static_cast<const T*>(args.x) + row, static_cast<T*>(args.y) + row, next);
           };
           if (past) {

@@ -62,7 +62,7 @@ struct TileTables {
   template <class Args>
   void make(const Args& args, int64_t d0, int64_t d1) const {
     const Parameters<A> parameters = Parameters<A>::of(args);
-    const int64_t steps = args.L >= CemaShape::kBlock ? CemaShape::kBlock : 0;
+    const int64_t steps = args.sequences.length >= CemaShape::kBlock ? CemaShape::kBlock : 0;
     for (int64_t d = d0; d < d1; d += kLanes<A>) {
       for (int64_t i = 0; i < kLanes<A>; i += kDoubles) {
         make_lanes(parameters, static_cast<const A*>(args.omega), d, i, steps);
@@ -105,13 +105,13 @@ struct TileTables {
   }
 };
 
-// Calls body(part, d0, d1, tables) for all parts of the batch and stages of columns, in parallel. A stage makes its
-// tables where those of its task's first stage were, so that they stay in L2; where the batch has parts, which share
+// Calls body(part, d0, d1, tables) for all parts of the sequences and stages of columns, in parallel. A stage makes its
+// tables where those of its task's first stage were, so that they stay in L2; where there are parts, which share
 // tables, all are made first.
 template <class A, class Args, class Body>
 void with_tables(const Args& args, TileTables<A> tables, Body&& body) {
   constexpr int64_t kColumn = CemaShape::kColumn;
-  const int64_t parts = args.parts().parts;
+  const int64_t parts = args.parts();
   if (parts > 1) {
     parallel_for(args.columns(), 1 + 64 / (kColumn * args.N), [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush;

@@ -1,26 +1,28 @@
 // cema on the GPU, by the recurrence ("scan", which is also "auto"). Not yet run on a GPU.
 //
 // Long rows of 16-bit activations go by matrix instructions (cema_mma.cu). "fft" is by transforms (cema_fft.cu) but for
-// the last state, and is the scan where h0 or dh is given (ops/cema_fft.h).
+// the last state, and is the scan where h0, dh or cu_seqlens is given (ops/cema_fft.h).
 //
 // Computes  h_t = a x_t + q h_(t-1), y_t = Re sum_n g_n h_(t,n) + omega x_t and its gradients (ops/cema.h).
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
+//           Packed: x, y, dy, dx [1, T, D]; states [segments, D, N, 2].
 // Mapping   a block takes a tile of channels (128 / lanes; 1 to 8 lanes share the wavelets of a channel, four each, in
-//           registers) and walks through time (cema_scan.cuh). If there are too few blocks for a GPU, time is cut into
-//           chunks: the states they end with, begun with zeros; the states they begin with, one after the other; then
-//           the walk. If there are many, a block takes several rows of the batch. Backward, two walks side by side: the
-//           adjoint gives dx, dh0 and dS/da; the state with its derivative by q gives the other gradients going
-//           forward, so that no states are kept or made again. A few steps (decoding) are one kernel: a lane per
-//           wavelet.
+//           registers) and walks through pieces of time (cema_scan.cuh), which are whole sequences or, if there are
+//           too few blocks for a GPU, cut from them (ops/cema_cut.h). If they are cut: the states they end with, begun
+//           with zeros; the states they begin with, one after the other; then the walk. If there are many pieces, a
+//           block takes several. Backward, two walks side by side: the adjoint gives dx, dh0 and dS/da; the state
+//           with its derivative by q gives the other gradients going forward, so that no states are kept or made again.
+//           A few steps (decoding) are one kernel: a lane per wavelet.
 // Traffic   forward 2 elements moved and 6 N FMA per element, backward 5 and 20 N (up to 4 N and 14 N more, and the
-//           inputs once more, with chunks): compute-bound from about N = 8 on, so that looking back for a chunk's state
-//           in one pass would save only what is not the limit. bf16 and f16, N <= 16 and L >= 512 branch off in
-//           cema_forward: y and h by matrix instructions. Backward, dx does so where there is neither h0 nor dh, as in
-//           training, and the adjoint's 6 N FMA are saved; gradients of parameters are still the scan's 14 N.
-// Numerics  coefficients, and what goes from chunk to chunk, in double. A walk is in float (double for float64), its
+//           inputs once more, where sequences are cut): compute-bound from about N = 8 on, so that looking back for a
+//           piece's state in one pass would save only what is not the limit. bf16 and f16, N <= 16 and L >= 512 (in a
+//           packed row 256 on average) branch off in cema_forward: y and h by matrix instructions. Backward, dx does so
+//           where there is neither h0 nor dh, as in training, and the adjoint's 6 N FMA are saved; gradients of
+//           parameters are still the scan's 14 N.
+// Numerics  coefficients, and what goes from piece to piece, in double. A walk is in float (double for float64), its
 //           states corrected every 128 steps, so that the rounding of q does not add up. Gradients of parameters: sums
-//           in float over 128 steps, in double over those, over chunks and the batch, in a fixed order. A few steps in
-//           double.
+//           in float over 128 steps, in double over those, over pieces and the parts of them, in a fixed order. A few
+//           steps in double.
 // Limits    N > 32: groups of 32 wavelets, one after the other, by way of sums in the workspace. sigmoid(alpha)
 //           below 1e-20 counts as 1e-20. Subnormal numbers are kept: they are as fast as others.
 #include "core/reduce.cuh"
@@ -85,6 +87,11 @@ __global__ void __launch_bounds__(kThreads) cema_gradients_kernel(GradientArgs<A
 
 unsigned blocks_of(int64_t wavelets) { return static_cast<unsigned>(ceil_div(wavelets, kThreads)); }
 
+template <class A>
+dim3 carry_grid(const CarryArgs<A>& args, int64_t wavelets) {
+  return dim3(blocks_of(wavelets), static_cast<unsigned>(args.parts.parts));
+}
+
 template <class A, class Args>
 void make_table(const Args& args, double* table, void* stream) {
   launch({"cema_table", dim3(blocks_of(args.D * args.N)), dim3(kThreads), 0, stream}, cema_table_kernel<A>,
@@ -96,12 +103,9 @@ template <class T, class Args>
 ScanArgs<T> scan_args(const Args& args, const Plan& plan) {
   ScanArgs<T> scan{};
   scan.omega = static_cast<const stat_t<T>*>(args.omega);
-  scan.L = args.L;
   scan.D = args.D;
   scan.N = args.N;
-  scan.parts = plan.parts;
-  scan.chunks = plan.chunks;
-  scan.length = plan.length;
+  scan.cut = plan.cut;
   return scan;
 }
 
@@ -120,7 +124,7 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
   using A = stat_t<T>;
   const int64_t wavelets = args.D * args.N;
   auto* carries = static_cast<double*>(args.workspace);  // first, since they are read 16 bytes at a time
-  double* table = carries + args.B * (plan.chunks - 1) * wavelets * 2;
+  double* table = carries + plan.cut.places() * wavelets * 2;
   make_table<A>(args, table, stream);
   ScanArgs<T> scan = scan_args<T>(args, plan);
   scan.in = static_cast<const T*>(args.x);
@@ -132,43 +136,43 @@ void forward(const CemaForward& args, const Plan& plan, void* stream) {
   if (Plan::has_groups(args.N)) scan.partial = reinterpret_cast<A*>(table + kTableRows * wavelets);
   scan.packed = can_pack<T>(args.D, args.x, args.y);
   const int64_t shared = Tiles<T, kLanes>::bytes(1);
-  const auto tiles = static_cast<unsigned>(plan.tiles);
-  const auto walk = [&](auto kernel, const char* name, int64_t rows) {
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts()));
+  const auto walk = [&](auto kernel, const char* name) {
     for (scan.first = 0; scan.first < args.N; scan.first += kEach * kLanes) {
-      launch({name, dim3(tiles, static_cast<unsigned>(rows)), dim3(kThreads), shared, stream}, kernel, scan);
+      launch({name, grid, dim3(kThreads), shared, stream}, kernel, scan);
     }
   };
-  if (plan.chunks > 1) {
-    walk(cema_forward_kernel<T, kLanes, true>, "cema_forward_ends", args.B * (plan.chunks - 1));
-    launch({"cema_forward_carry", dim3(blocks_of(wavelets), static_cast<unsigned>(args.B)), dim3(kThreads), 0, stream},
-           cema_forward_carry_kernel<A>, CarryArgs<A>{scan.start, scan.carries}, Parameters<A>::of(args), args.D,
-           plan.chunks - 1, plan.length);
+  if (plan.cut.cuts()) {
+    walk(cema_forward_kernel<T, kLanes, true>, "cema_forward_ends");
+    const auto carry = CarryArgs<A>::of(plan.cut, scan.start, scan.carries);
+    launch({"cema_forward_carry", carry_grid(carry, wavelets), dim3(kThreads), 0, stream}, cema_forward_carry_kernel<A>,
+           carry, Parameters<A>::of(args), args.D);
   }
-  walk(cema_forward_kernel<T, kLanes, false>, "cema_forward", plan.sums());
+  walk(cema_forward_kernel<T, kLanes, false>, "cema_forward");
 }
 
-// h alone, where h0 is 0: the ends of all chunks, put together.
+// h alone, of rows and where h0 is 0: the ends of all pieces, put together.
 template <class T, int kLanes>
 void last_state(const CemaForward& args, const Plan& plan, void* stream) {
   using A = stat_t<T>;
   const int64_t wavelets = args.D * args.N;
   auto* ends = static_cast<double*>(args.workspace);
-  double* table = ends + args.B * plan.chunks * wavelets * 2;
+  double* table = ends + plan.cut.ends() * wavelets * 2;
   make_table<A>(args, table, stream);
   ScanArgs<T> scan = scan_args<T>(args, plan);
-  scan.chunks = plan.chunks + 1;  // as if there were one more, for which the last one leaves its end
+  scan.keeps_ends = true;
   scan.in = static_cast<const T*>(args.x);
   scan.table = table;
   scan.carries = ends;
   scan.packed = can_pack<T>(args.D, args.x);
-  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.sums()));
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts()));
   for (scan.first = 0; scan.first < args.N; scan.first += kEach * kLanes) {
     launch({"cema_last_ends", grid, dim3(kThreads), Tiles<T, kLanes>::bytes(1), stream},
            cema_forward_kernel<T, kLanes, true>, scan);
   }
-  launch({"cema_last_state", dim3(blocks_of(args.B * wavelets)), dim3(kThreads), 0, stream}, cema_last_state_kernel<A>,
-         static_cast<const double*>(ends), Parameters<A>::of(args), static_cast<A*>(args.h), args.B, args.L, args.D,
-         plan.chunks, plan.length);
+  launch({"cema_last_state", dim3(blocks_of(args.sequences.count * wavelets)), dim3(kThreads), 0, stream},
+         cema_last_state_kernel<A>, static_cast<const double*>(ends), Parameters<A>::of(args), static_cast<A*>(args.h),
+         plan.cut, args.D);
 }
 
 // ---- by matrix instructions (cema_mma.cu) ---------------------------------------------------------------------------
@@ -186,20 +190,18 @@ void walk_by_products(const Args& args, bool reverse, const void* in, void* out,
   walk.start = static_cast<const float*>(start);
   walk.last = static_cast<float*>(last);
   walk.carries = static_cast<double*>(args.workspace);
-  walk.B = args.B;
-  walk.L = args.L;
   walk.D = args.D;
   walk.N = args.N;
-  walk.plan = MmaPlan::of(args.B, args.L, args.D);
-  const int64_t cuts = walk.plan.chunks - 1;
-  auto* table = reinterpret_cast<unsigned char*>(walk.carries + args.B * cuts * args.D * args.N * 2);
+  walk.plan = MmaPlan::of(args.sequences, args.D);
+  const CemaCut& cut = walk.plan.cut;
+  auto* table = reinterpret_cast<unsigned char*>(walk.carries + cut.places() * args.D * args.N * 2);
   walk.table = table;
   cema_mma_table(parameters, static_cast<const float*>(args.omega), args.D, reverse, table, stream);
-  if (cuts > 0) {
+  if (cut.cuts()) {
     cema_mma_ends(walk, stream);
-    launch({"cema_carry", dim3(blocks_of(args.D * args.N), static_cast<unsigned>(args.B)), dim3(kThreads), 0, stream},
-           reverse ? cema_adjoint_carry_kernel<float> : cema_forward_carry_kernel<float>,
-           CarryArgs<float>{walk.start, walk.carries}, parameters, args.D, cuts, walk.plan.length);
+    const auto carry = CarryArgs<float>::of(cut, walk.start, walk.carries);
+    launch({"cema_carry", carry_grid(carry, args.D * args.N), dim3(kThreads), 0, stream},
+           reverse ? cema_adjoint_carry_kernel<float> : cema_forward_carry_kernel<float>, carry, parameters, args.D);
   }
   cema_mma_walk(walk, stream);
 }
@@ -212,7 +214,7 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   if (by_products) walk_by_products(args, true, args.dy, args.dx, args.dh, nullptr, stream);
   const unsigned scans = by_products ? 1 : 2;
   auto* carries = reinterpret_cast<double*>(static_cast<char*>(args.workspace) + args.product_bytes());
-  double* table = carries + args.B * (plan.chunks - 1) * wavelets * 6;
+  double* table = carries + plan.cut.places() * wavelets * 6;
   make_table<A>(args, table, stream);
   ScanArgs<T> adjoint = scan_args<T>(args, plan);
   adjoint.table = table;
@@ -220,9 +222,9 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   adjoint.packed = can_pack<T>(args.D, args.x, args.dy, args.dx);
   ScanArgs<T> sensitivity = adjoint;
   adjoint.carries = carries;
-  sensitivity.carries = carries + args.B * (plan.chunks - 1) * wavelets * 2;
+  sensitivity.carries = carries + plan.cut.places() * wavelets * 2;
   double* sums = table + kTableRows * wavelets;
-  double* total = sums + plan.sums() * args.cuda_sums();
+  double* total = sums + plan.parts() * args.cuda_sums();
   adjoint.sums = sensitivity.sums = sums;
   if (Plan::has_groups(args.N)) adjoint.partial = reinterpret_cast<A*>(total + args.cuda_sums());
   adjoint.in = sensitivity.other = static_cast<const T*>(args.dy);
@@ -232,26 +234,26 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
   adjoint.last = static_cast<A*>(args.dh0);
   sensitivity.start = static_cast<const A*>(args.h0);
   const int64_t shared = Tiles<T, kLanes>::bytes(2);
-  const auto tiles = static_cast<unsigned>(plan.tiles);
-  const auto walk = [&](auto kernel, const char* name, int64_t rows) {
+  const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts()), scans);
+  const auto walk = [&](auto kernel, const char* name) {
     for (int64_t first = 0; first < args.N; first += kEach * kLanes) {
       adjoint.first = sensitivity.first = first;
-      launch({name, dim3(tiles, static_cast<unsigned>(rows), scans), dim3(kThreads), shared, stream}, kernel,
-             sensitivity, adjoint);
+      launch({name, grid, dim3(kThreads), shared, stream}, kernel, sensitivity, adjoint);
     }
   };
-  if (plan.chunks > 1) {
-    walk(cema_backward_kernel<T, kLanes, true>, "cema_backward_ends", args.B * (plan.chunks - 1));
-    launch({"cema_backward_carry", dim3(blocks_of(wavelets), static_cast<unsigned>(args.B), scans), dim3(kThreads), 0,
-            stream},
-           cema_backward_carry_kernel<A>, CarryArgs<A>{sensitivity.start, sensitivity.carries},
-           CarryArgs<A>{adjoint.start, adjoint.carries}, Parameters<A>::of(args), args.D, plan.chunks - 1, plan.length);
+  if (plan.cut.cuts()) {
+    walk(cema_backward_kernel<T, kLanes, true>, "cema_backward_ends");
+    const auto carry = CarryArgs<A>::of(plan.cut, sensitivity.start, sensitivity.carries);
+    dim3 carries_grid = carry_grid(carry, wavelets);
+    carries_grid.z = scans;
+    launch({"cema_backward_carry", carries_grid, dim3(kThreads), 0, stream}, cema_backward_carry_kernel<A>, carry,
+           CarryArgs<A>::of(plan.cut, adjoint.start, adjoint.carries), Parameters<A>::of(args), args.D);
   }
-  walk(cema_backward_kernel<T, kLanes, false>, "cema_backward", plan.sums());
-  const bool few = plan.sums() <= Plan::kFewParts;
-  if (!few) add_parts(sums, plan.sums(), args.cuda_sums(), total, stream);
+  walk(cema_backward_kernel<T, kLanes, false>, "cema_backward");
+  const bool few = plan.parts() <= Plan::kFewParts;
+  if (!few) add_parts(sums, plan.parts(), args.cuda_sums(), total, stream);
   const GradientArgs<A> gradients{few ? sums : total,
-                                  few ? plan.sums() : 1,
+                                  few ? plan.parts() : 1,
                                   args.cuda_sums(),
                                   args.D,
                                   !by_products,
@@ -267,7 +269,7 @@ void backward(const CemaBackward& args, const Plan& plan, void* stream) {
 }  // namespace
 
 void cema_forward(const CemaForward& args, void* stream) {
-  if (args.B == 0 || args.D == 0) return;
+  if (args.sequences.count == 0 || args.D == 0) return;
   const bool by_transforms = args.by_transforms();
   if (by_transforms) cema_fft_output(args, stream);
   if (!by_transforms && args.by_products())

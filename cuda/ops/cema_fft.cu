@@ -54,7 +54,7 @@ Kernel kernel_args(const Args& args) {
   kernel.gamma = args.gamma;
   kernel.D = args.D;
   kernel.N = args.N;
-  kernel.L = args.L;
+  kernel.L = args.sequences.length;
   return kernel;
 }
 
@@ -65,22 +65,22 @@ Conv conv_args(const Args& args, const CemaFftCudaRoom& room) {
   conv.x = args.x;
   conv.k = at(args.workspace, room.response);
   conv.workspace = at(args.workspace, room.rest);
-  conv.B = args.B;
-  conv.L = args.L;
+  conv.B = args.sequences.count;
+  conv.L = args.sequences.length;
   conv.D = args.D;
   return conv;
 }
 
 template <class Args>
 void make_response(const Args& args, const CemaFftCudaRoom& room, void* stream) {
-  if (args.L == 0) return;
+  if (args.sequences.length == 0) return;
   auto kernel = kernel_args<CemaKernelForward>(args);
   kernel.k = at(args.workspace, room.response);
   cema_kernel_forward(kernel, stream);
   visit_stat(kernel.dtype, [&](auto tag) {
     using A = typename decltype(tag)::type;
     launch({"cema_fft_omega", blocks_of(args.D), dim3(kThreads), 0, stream}, cema_fft_omega_kernel<A>,
-           static_cast<A*>(kernel.k), static_cast<const A*>(args.omega), args.L, args.D);
+           static_cast<A*>(kernel.k), static_cast<const A*>(args.omega), args.sequences.length, args.D);
   });
 }
 
@@ -113,7 +113,7 @@ void cema_fft_gradients(const CemaBackward& args, void* stream) {
   visit_stat(kernel.dtype, [&](auto tag) {
     using A = typename decltype(tag)::type;
     launch({"cema_fft_omega_gradient", blocks_of(args.D), dim3(kThreads), 0, stream}, cema_fft_omega_gradient_kernel<A>,
-           static_cast<const A*>(conv.dk), static_cast<A*>(args.domega), args.L, args.D);
+           static_cast<const A*>(conv.dk), static_cast<A*>(args.domega), args.sequences.length, args.D);
   });
 }
 

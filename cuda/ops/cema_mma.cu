@@ -5,18 +5,19 @@
 //           x_s. The adjoint is the same with time running back: dx_t = sum k dy + Re sum_n a q^t m, m <- q^32 m + g
 //           sum q^(32-s) dy_s, m the conjugate of what cema.h calls conj(q) l. (ops/cema_mma.h, ops/cema.h)
 // Layout    x, y, dy, dx [B, L, D] bf16 or f16; states [B, D, N, 2] float; parameters [D, N], [D], [D, N, 2] float;
-//           carries [B, chunks - 1, D, N, 2] double; tables [channels, CemaMmaTable::bytes()]; all compact.
-// Mapping   a block of 8 warps takes 8 channels, whose tables stay in shared memory, and walks through a chunk of time
-//           of some rows of the batch, 512 steps at once: a thread loads two steps of the 8 channels, 16 bytes each,
+//           carries [places, D, N, 2] double (ops/cema_cut.h); tables [channels, CemaMmaTable::bytes()]; all compact.
+// Mapping   a block of 8 warps takes 8 channels, whose tables stay in shared memory, and walks through some pieces of
+//           time (ops/cema_cut.h), 512 steps at once: a thread loads two steps of the 8 channels, 16 bytes each,
 //           while the group before is computed, and stores them by channel as pairs of steps. A warp has a channel: 16
 //           tiles are the rows of mma.m16n8k16, so that its inputs are 8 registers and k is 8 more. Sums over tiles go
 //           through the warp's scratch to 4 lanes per wavelet, which chain the tiles and leave the states there as the
-//           next operand. Chunks as in cema.cu: the states they end with, the carry there, then the walk.
+//           next operand. Pieces as in cema.cu: the states they end with, the carry there, then the walk.
 // Traffic   2 elements moved; at N = 16, 60 products of bf16 (480 FLOP per element; f16: 82) and 250 to 300 other
 //           instructions of a warp for 512 steps of a channel, most of them for the states between tiles: a quarter of
 //           the scan's instructions. Limit expected: issue and shared memory, not far from that of memory. A block
-//           reads 74 KB of tables (N = 16), as many bytes as 2,300 of its steps; chunks read x once more. Rows of 16
-//           bytes are half a sector of memory: the neighbouring block reads the other half, from L2 at best.
+//           reads 74 KB of tables (N = 16), as many bytes as 2,300 of its steps; where sequences are cut, x is read
+//           once more. Rows of 16 bytes are half a sector of memory: the neighbouring block reads the other half, from
+//           L2 at best.
 // Numerics  coefficients and powers in double. k, the powers that lead out of a state and the state itself are the sum
 //           of two bf16, each to 2^-17: the error of y before it is rounded. Powers that lead into a state are the sum
 //           of three, to 2^-25, since h stays in float. Products of two low parts are left out; sums in float. bf16
@@ -24,8 +25,8 @@
 //           chained in float over 16 tiles, and from group to group in double, so that no rounding adds up. All in
 //           fixed order. Zeros above k's diagonal would carry a NaN or inf back in time: see Causal; the outputs from
 //           its step on are NaN, where the scan may give inf.
-// Limits    16-bit activations, N <= 16, at least 512 steps: CemaMmaPlan. All else is the scan's, in cema.cu, and so
-// are
+// Limits    16-bit activations, N <= 16, at least 512 steps (packed rows: 256 on average): CemaMmaPlan. All else is the
+// scan's, in cema.cu, and so are
 //           the gradients of parameters, and all of backward where there is h0 or dh. A state times |a g| beyond
 //           3.39e38, which bf16 rounds to inf, is inf.
 #include "core/reduce.cuh"
@@ -115,15 +116,8 @@ __global__ void __launch_bounds__(kMmaThreads) cema_mma_table_kernel(Parameters<
 template <class T>
 struct MmaArgs {
   MmaWalk walk;
-  int64_t chunks;  // walked through: all, or those that have another one behind them
   bool packed;
   MmaTable layout;
-};
-
-// A group of a row: steps [first, first + steps) in the direction of the walk.
-struct GroupCursor {
-  int64_t b, first;
-  int steps;
 };
 
 // The two steps of all channels of the block that a thread moves, numbers 2 i and 2 i + 1 of a group.
@@ -133,13 +127,12 @@ struct TwoSteps {
 
   // body(which, offset of its first channel in the array) for the steps that exist.
   template <class Body>
-  static DEVICE void for_steps(const MmaWalk& walk, const GroupCursor& at, Body&& body) {
+  static DEVICE void for_steps(const MmaWalk& walk, const PieceCursor& at, Body&& body) {
     UNROLL
     for (int i = 0; i < 2; ++i) {
       const int t = 2 * static_cast<int>(threadIdx.x) + i;
       if (t >= at.steps) continue;
-      const int64_t time = walk.reverse ? walk.L - 1 - at.first - t : at.first + t;
-      body(i, (at.b * walk.L + time) * walk.D + static_cast<int64_t>(blockIdx.x) * kMmaChannels);
+      body(i, (walk.reverse ? at.token - t : at.token + t) * walk.D + static_cast<int64_t>(blockIdx.x) * kMmaChannels);
     }
   }
   static DEVICE int channels(const MmaWalk& walk) {
@@ -152,7 +145,7 @@ struct TwoSteps {
     return reinterpret_cast<uint32_t*>(rows + c * kRowsBytes) + pair / 16 * kRowWords + pair % 16;
   }
 
-  DEVICE void fetch(const MmaWalk& walk, const GroupCursor& at, const T* from, bool packed) {
+  DEVICE void fetch(const MmaWalk& walk, const PieceCursor& at, const T* from, bool packed) {
     step[0] = step[1] = {};
     for_steps(walk, at, [&](int i, int64_t offset) {
       if (packed) {
@@ -177,7 +170,7 @@ struct TwoSteps {
       step[1].v[c] = T{static_cast<uint16_t>(pair >> 16)};
     }
   }
-  DEVICE void write(const MmaWalk& walk, const GroupCursor& at, T* to, bool packed) const {
+  DEVICE void write(const MmaWalk& walk, const PieceCursor& at, T* to, bool packed) const {
     for_steps(walk, at, [&](int i, int64_t offset) {
       if (packed) {
         store(to + offset, step[i]);
@@ -205,24 +198,24 @@ DEVICE void load_tables(const unsigned char* tables, MmaTable layout, unsigned c
 
 // ---- the walk -------------------------------------------------------------------------------------------------------
 
-// States of the warp's channel d of row b, where there are any: body(wavelet, its place in a tensor [B, D, N]).
+// States of the warp's channel d of a row, where there are any: body(wavelet, its place in a tensor [rows, D, N]).
 template <class Body>
-DEVICE void for_wavelets(const MmaWalk& walk, int64_t d, int64_t rows, Body&& body) {
+DEVICE void for_wavelets(const MmaWalk& walk, int64_t d, int64_t row, Body&& body) {
   const int n = lane_index();
-  if (n < walk.N) body(n, (rows * walk.D + d) * walk.N + n);
+  if (n < walk.N) body(n, (row * walk.D + d) * walk.N + n);
 }
 
-// The states where a chunk begins.
-DEVICE void load_states(const MmaWalk& walk, const Channel& channel, int64_t d, int64_t b, int64_t chunk, bool ends) {
+// The states where a piece begins.
+DEVICE void load_states(const MmaWalk& walk, const Channel& channel, int64_t d, const PieceCursor& at, bool ends) {
   if (lane_index() < channel.layout.wavelets()) channel.states[lane_index()] = {0, 0};
   if (ends) return;
-  if (chunk > 0) {
-    for_wavelets(walk, d, b * (walk.plan.chunks - 1) + chunk - 1, [&](int n, int64_t i) {
+  if (at.index > 0) {
+    for_wavelets(walk, d, walk.plan.cut.place(at.sequence, at.index), [&](int n, int64_t i) {
       const auto v = load<2>(walk.carries + 2 * i);
       channel.states[n] = {v.v[0], walk.reverse ? -v.v[1] : v.v[1]};
     });
   } else if (walk.start != nullptr) {
-    for_wavelets(walk, d, b, [&](int n, int64_t i) {
+    for_wavelets(walk, d, at.sequence, [&](int n, int64_t i) {
       const auto v = load<2>(walk.start + 2 * i);
       const double a = channel.input(n);
       channel.states[n] = {v.v[0] / a, (walk.reverse ? -v.v[1] : v.v[1]) / a};
@@ -230,7 +223,8 @@ DEVICE void load_states(const MmaWalk& walk, const Channel& channel, int64_t d, 
   }
 }
 
-// A group of a channel: outputs take the place of its inputs. `last`: where the row ends, its state [N, 2] goes there.
+// A group of a channel: outputs take the place of its inputs. `last`: where the sequence ends, its state [N, 2] goes
+// there.
 template <class T>
 DEVICE void walk_group(const MmaWalk& walk, const Channel& channel, unsigned char* rows, int steps, float* last) {
   TileOperand<T> x;
@@ -300,44 +294,39 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_kernel(MmaArgs<T> arg
   const Channel channel{
       memory + warp * layout.shared_bytes(), walk.table + d * layout.bytes(),  layout, rows + warp * kRowsBytes,
       scratch + warp * kScratchBytes,        states + warp * layout.wavelets()};
+  const PieceWalk pieces(walk.plan.cut, kMmaGroup, walk.reverse, kEnds);
+  PieceCursor at = pieces.begin();
+  if (!at.exists()) return;  // the whole block
   load_tables(walk.table, layout, memory);
-
-  const int64_t part = blockIdx.y / args.chunks, chunk = blockIdx.y % args.chunks, length = walk.plan.length;
-  const int64_t begin = chunk * length, end = walk.L - begin < length ? walk.L : begin + length;
-  const int64_t past = walk.plan.parts.end(part);
-  const auto at_row = [&](int64_t b, int64_t first) {
-    return GroupCursor{b, first, static_cast<int>(end - first < kMmaGroup ? end - first : kMmaGroup)};
-  };
-  GroupCursor at = at_row(walk.plan.parts.begin(part), begin);
   TwoSteps<T> two;
   two.fetch(walk, at, static_cast<const T*>(walk.in), args.packed);
   async_wait<0>();
   sync_block();  // the tables are there
 
-  while (at.b < past) {
+  while (at.exists()) {
     two.put(rows);
-    const GroupCursor next = at.first + kMmaGroup < end ? at_row(at.b, at.first + kMmaGroup) : at_row(at.b + 1, begin);
+    const PieceCursor next = pieces.after(at);
     sync_block();  // the inputs are there
-    if (next.b < past) two.fetch(walk, next, static_cast<const T*>(walk.in), args.packed);
+    if (next.exists()) two.fetch(walk, next, static_cast<const T*>(walk.in), args.packed);
     if (exists) {
-      if (at.first == begin) {
+      if (at.begins) {
         sync_warp();  // the states before have been read
-        load_states(walk, channel, d, at.b, chunk, kEnds);
+        load_states(walk, channel, d, at, kEnds);
         sync_warp();  // the states are there
       }
       if constexpr (kEnds) {
         end_group<T>(channel);
-        if (next.b != at.b) {
+        if (at.ends()) {
           sync_warp();  // the states have moved on
-          for_wavelets(walk, d, at.b * (walk.plan.chunks - 1) + chunk, [&](int n, int64_t i) {
+          for_wavelets(walk, d, walk.plan.cut.place(at.sequence, at.index + 1), [&](int n, int64_t i) {
             const Pair<double> v = channel.states[n];
             store(walk.carries + 2 * i, Pack<double, 2>{v.re, walk.reverse ? -v.im : v.im});
           });
         }
       } else {
-        const bool is_last = walk.last != nullptr && at.first + at.steps == walk.L;
+        const bool is_last = walk.last != nullptr && at.is_last && at.ends();
         walk_group<T>(walk, channel, rows + warp * kRowsBytes, at.steps,
-                      is_last ? walk.last + 2 * (at.b * walk.D + d) * walk.N : nullptr);
+                      is_last ? walk.last + 2 * (at.sequence * walk.D + d) * walk.N : nullptr);
       }
     }
     sync_block();  // the outputs are there, the inputs have been read
@@ -360,10 +349,9 @@ template <class T, bool kEnds>
 void launch_walk(const MmaWalk& walk, const char* name, void* stream) {
   MmaArgs<T> args{};
   args.walk = walk;
-  args.chunks = walk.plan.chunks - (kEnds ? 1 : 0);
   args.packed = can_pack<T>(walk.D, walk.in, walk.out);
   args.layout = MmaTable::of(walk.N);
-  const dim3 grid(static_cast<unsigned>(walk.plan.tiles), static_cast<unsigned>(walk.plan.parts.parts * args.chunks));
+  const dim3 grid(static_cast<unsigned>(walk.plan.tiles), static_cast<unsigned>(walk.plan.cut.parts.parts));
   launch({name, grid, dim3(kMmaThreads), shared_bytes(args.layout), stream}, cema_mma_kernel<T, kEnds>, args);
 }
 

@@ -354,14 +354,14 @@ struct MmaWalk {
   const unsigned char* table;  // [channels] CemaMmaTable, for this direction
   const float* start;          // [B, D, N, 2]: the state at the very beginning, or nullptr
   float* last;                 // [B, D, N, 2]: at the very end, or nullptr
-  double* carries;             // [B, chunks - 1, D, N, 2]: the states where the chunks but the first begin
-  int64_t B, L, D, N;
+  double* carries;             // [places of the cut, D, N, 2]: the states where the pieces but the first begin
+  int64_t D, N;
   MmaPlan plan;
 };
 
 void cema_mma_table(const Parameters<float>& parameters, const float* omega, int64_t D, bool reverse,
                     unsigned char* table, void* stream);
-void cema_mma_ends(const MmaWalk& walk, void* stream);  // the states chunks end with, begun with zeros, to carries
+void cema_mma_ends(const MmaWalk& walk, void* stream);  // the states pieces end with, begun with zeros, to carries
 void cema_mma_walk(const MmaWalk& walk, void* stream);
 
 }  // namespace megalodon::cuda

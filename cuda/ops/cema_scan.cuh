@@ -1,11 +1,12 @@
 // The scan of CEMA over time: one frame for the three recurrences of cema_waves.cuh.
 //
-// A block of threads walks through a chunk of time of a tile of channels. The inputs come through a ring of tiles in
+// A block of threads walks through pieces of time of a tile of channels. The inputs come through a ring of tiles in
 // shared memory, and outputs go back through the same tile. A channel belongs to kLanes lanes of one warp, kEach
 // wavelets in the registers of each; the sums over lanes of kStep steps are made together, each lane keeping its own.
 #pragma once
 
 #include "core/pack.cuh"
+#include "ops/cema_pieces.cuh"
 #include "ops/cema_waves.cuh"
 
 namespace megalodon::cuda {
@@ -27,29 +28,23 @@ struct Tiles {
   static constexpr int64_t bytes(int inputs) { return int64_t{kStages} * inputs * kSize * sizeof(T); }
 };
 
-// The tile a thread is at: a row of the batch and steps [first, first + rows) of it, in the direction of the walk.
-struct Cursor {
-  int64_t b, first, rows;
-};
-
 // Rows of one array [B, L, D], from or to a tile; channels beyond D read as zeros. body(element of the tile, of the
 // array, whether it exists), 16 bytes at a time or one element.
 template <class T, int kLanes, bool kReverse, class Body>
-DEVICE void for_elements(const ScanArgs<T>& args, const Cursor& at, int width, Body&& body) {
+DEVICE void for_elements(const ScanArgs<T>& args, const PieceCursor& at, int width, Body&& body) {
   using Tile = Tiles<T, kLanes>;
   const int64_t d0 = static_cast<int64_t>(blockIdx.x) * Tile::kChannels;
-  const int64_t t0 = kReverse ? args.L - 1 - at.first : at.first;
-  const int64_t base = (at.b * args.L + t0) * args.D + d0;
+  const int64_t base = at.token * args.D + d0;
   const int64_t stride = kReverse ? -args.D : args.D;
   const int wide = Tile::kChannels / width;
-  for (int i = threadIdx.x; i < at.rows * wide; i += kThreads) {
+  for (int i = threadIdx.x; i < at.steps * wide; i += kThreads) {
     const int row = i / wide, column = i % wide * width;
     body(row * Tile::kPitch + column, base + row * stride + column, d0 + column < args.D);
   }
 }
 
 template <class T, int kLanes, bool kReverse>
-DEVICE void load_tile(const ScanArgs<T>& args, const Cursor& at, const T* from, T* tile) {
+DEVICE void load_tile(const ScanArgs<T>& args, const PieceCursor& at, const T* from, T* tile) {
   if (args.packed) {
     for_elements<T, kLanes, kReverse>(args, at, kPackOf<T>, [&](int to, int64_t i, bool exists) {
       async_copy16(tile + to, exists ? from + i : from, exists);
@@ -61,7 +56,7 @@ DEVICE void load_tile(const ScanArgs<T>& args, const Cursor& at, const T* from, 
 }
 
 template <class T, int kLanes, bool kReverse>
-DEVICE void store_tile(const ScanArgs<T>& args, const Cursor& at, const T* tile, T* to) {
+DEVICE void store_tile(const ScanArgs<T>& args, const PieceCursor& at, const T* tile, T* to) {
   if (args.packed) {
     for_elements<T, kLanes, kReverse>(args, at, kPackOf<T>, [&](int from, int64_t i, bool exists) {
       if (exists) store(to + i, load<kPackOf<T>>(tile + from));
@@ -91,8 +86,8 @@ DEVICE void sum_over_lanes(A (&v)[kStep], int lane, int apart) {
   }
 }
 
-// One chunk of the rows of one part. kEnds: only the state a chunk ends with, having begun with zeros, goes to where
-// the next one begins.
+// The pieces of one part. kEnds: only the state a piece ends with, having begun with zeros, goes to where the next one
+// of its sequence begins.
 template <class T, int kLanes, class Waves, bool kEnds>
 DEVICE void scan(const ScanArgs<T>& args, T* ring) {
   using A = stat_t<T>;
@@ -100,10 +95,6 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
   constexpr bool kReverse = Waves::kReverse, kOther = Waves::kOther && !kEnds, kOutput = Waves::kOutput && !kEnds;
   constexpr int kApart = 32 / kLanes;  // channels of a warp
   constexpr int kRows = Tile::kRows, kStep = kOutput ? Tile::kStep : 4, kOwn = kStep / kLanes;
-  const int chunks = static_cast<int>(args.chunks) - (kEnds ? 1 : 0);
-  const int64_t part = blockIdx.y / chunks, chunk = blockIdx.y % chunks;
-  const int64_t begin = chunk * args.length;
-  const int64_t end = args.L - begin < args.length ? args.L : begin + args.length;
   const int lane = lane_index() / kApart;  // of the channel
   const int column = static_cast<int>(threadIdx.x) / 32 * kApart + lane_index() % kApart;
   const Mine mine{static_cast<int64_t>(blockIdx.x) * Tile::kChannels + column, lane, kLanes};
@@ -112,59 +103,50 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
   const bool is_last_group = args.first + int64_t{kEach} * kLanes >= args.N;
   const int64_t carried = 2 * Waves::kStates;  // doubles per wavelet
 
+  const PieceWalk walk(args.cut, kRows, kReverse, kEnds && !args.keeps_ends);
+  PieceCursor at = walk.begin(), ahead = at;
+  if (kEnds && !at.exists()) return;  // the whole block
+
   Waves waves;
   waves.load(args, mine);
 
-  const int64_t past = args.parts.end(part);
-  const auto at_row = [&](int64_t b, int64_t first) {
-    return Cursor{b, first, b < past ? (end - first < kRows ? end - first : kRows) : 0};
-  };
-  const auto after = [&](const Cursor& at) {
-    const int64_t first = at.first + kRows;
-    return first < end ? at_row(at.b, first) : at_row(at.b + 1, begin);
-  };
-  Cursor ahead = at_row(args.parts.begin(part), begin);
-  Cursor at = ahead;
-  int filled = 0;  // the stage to be filled next
-  const auto fill = [&] {
-    T* tile = ring + filled * (Waves::kOther ? 2 : 1) * Tile::kSize;
-    if (ahead.b < past) {
+  const auto fill = [&](int stage) {
+    T* tile = ring + stage * (Waves::kOther ? 2 : 1) * Tile::kSize;
+    if (ahead.exists()) {
       load_tile<T, kLanes, kReverse>(args, ahead, args.in, tile);
       if constexpr (kOther) load_tile<T, kLanes, kReverse>(args, ahead, args.other, tile + Tile::kSize);
-      ahead = after(ahead);
+      ahead = walk.after(ahead);
     }
     async_commit();
-    filled = (filled + 1) % kStages;
   };
   UNROLL
-  for (int i = 0; i < kStages - 1; ++i) fill();
+  for (int i = 0; i < kStages - 1; ++i) fill(i);
 
-  for (int stage = 0; at.b < past; stage = (stage + 1) % kStages) {
+  int done = 0;  // steps of a block between corrections
+  for (int stage = 0; at.exists(); stage = (stage + 1) % kStages) {
     async_wait<kStages - 2>();
     sync_block();  // the tile is there, and the one to be filled next has been stored
-    fill();
+    fill((stage + kStages - 1) % kStages);
     T* tile = ring + stage * (Waves::kOther ? 2 : 1) * Tile::kSize;
     const T* other = kOther ? tile + Tile::kSize : nullptr;
-    const int rows = static_cast<int>(at.rows);
+    const int rows = at.steps;
 
-    if (at.first == begin) {
+    if (at.begins) {
       UNROLL
       for (int k = 0; k < kEach; ++k) {
         Pair<double> from[Waves::kStates] = {};
-        if (!kEnds && chunk == 0) from[0] = waves.start(args, mine, at.b, k);
-        if (!kEnds && chunk > 0 && mine.has(args, k)) {
-          const double* slot =
-              args.carries + ((at.b * (args.chunks - 1) + chunk - 1) * args.D * args.N + mine.index(args, k)) * carried;
+        if (!kEnds && at.index == 0) from[0] = waves.start(args, mine, at.sequence, k);
+        if (!kEnds && at.index > 0 && mine.has(args, k)) {
+          const double* place =
+              args.carries + (args.cut.place(at.sequence, at.index) * args.D * args.N + mine.index(args, k)) * carried;
           UNROLL
-          for (int i = 0; i < Waves::kStates; ++i) from[i] = {slot[2 * i], slot[2 * i + 1]};
+          for (int i = 0; i < Waves::kStates; ++i) from[i] = {place[2 * i], place[2 * i + 1]};
         }
         UNROLL
         for (int i = 0; i < Waves::kStates; ++i) waves.state(k, i) = State<A>::of(from[i]);
       }
     }
-    if ((at.first - begin) % Waves::kBlock == 0 && rows > 0) {
-      waves.begin(static_cast<int>(end - at.first < Waves::kBlock ? end - at.first : Waves::kBlock));
-    }
+    if (done == 0 && rows > 0) waves.begin(at.left < Waves::kBlock ? at.left : Waves::kBlock);
 
     const auto input = [&](int t) { return widen(tile[t * Tile::kPitch + column]); };
     const auto advance = [&](int t) {
@@ -173,8 +155,7 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
     const auto write = [&](int t, A sum) {
       sum += args.first == 0 ? omega * input(t) : A(0);
       if (args.partial != nullptr && exists) {
-        const int64_t step = at.first + t;
-        A& so_far = args.partial[(at.b * args.L + (kReverse ? args.L - 1 - step : step)) * args.D + mine.d];
+        A& so_far = args.partial[(kReverse ? at.token - t : at.token + t) * args.D + mine.d];
         if (args.first > 0) sum += so_far;
         so_far = sum;
       }
@@ -195,7 +176,7 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
         for (int j = 0; j < kOwn; ++j) write(t0 + lane * kOwn + j, v[j]);
       }
     }
-    for (; t0 < rows; ++t0) {  // the end of the chunk
+    for (; t0 < rows; ++t0) {  // the end of the piece
       A v = advance(t0);
       if constexpr (kOutput) {
         UNROLL
@@ -205,24 +186,28 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
       }
     }
 
-    const Cursor next = after(at);
-    if (next.b != at.b || (next.first - begin) % Waves::kBlock == 0) waves.settle();
-    if (next.b != at.b) {
+    done += rows;
+    if (at.ends() || done == Waves::kBlock) {
+      waves.settle();
+      done = 0;
+    }
+    if (at.ends()) {
       if constexpr (kEnds) {
+        const int64_t place =
+            args.keeps_ends ? args.cut.end(at.sequence, at.index) : args.cut.place(at.sequence, at.index + 1);
         UNROLL
         for (int k = 0; k < kEach; ++k) {
           if (!mine.has(args, k)) continue;
-          double* slot =
-              args.carries + ((at.b * (args.chunks - 1) + chunk) * args.D * args.N + mine.index(args, k)) * carried;
+          double* to = args.carries + (place * args.D * args.N + mine.index(args, k)) * carried;
           UNROLL
           for (int i = 0; i < Waves::kStates; ++i) {
             const Pair<double> state = waves.state(k, i).exact();
-            slot[2 * i] = state.re;
-            slot[2 * i + 1] = state.im;
+            to[2 * i] = state.re;
+            to[2 * i + 1] = state.im;
           }
         }
-      } else if (chunk == args.chunks - 1) {
-        waves.finish_row(args, mine, at.b);
+      } else if (at.is_last) {
+        waves.finish_sequence(args, mine, at.sequence);
       }
     }
     if constexpr (kOutput) {
@@ -231,13 +216,17 @@ DEVICE void scan(const ScanArgs<T>& args, T* ring) {
         store_tile<T, kLanes, kReverse>(args, at, tile, args.out);
       }
     }
-    at = next;
+    at = walk.after(at);
   }
   if constexpr (!kEnds) waves.finish(args, mine, args.sums + blockIdx.y * args.block_sums);
 }
 
+// Blocks of a processor: what the registers suffice for.
+template <class T>
+constexpr int kForwardBlocks = sizeof(T) == 8 ? 3 : 4;
+
 template <class T, int kLanes, bool kEnds>
-__global__ void __launch_bounds__(kThreads) cema_forward_kernel(ScanArgs<T> args) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T>) cema_forward_kernel(ScanArgs<T> args) {
   DYNAMIC_SHARED(T, ring);
   scan<T, kLanes, Forward<T>, kEnds>(args, ring);
 }

@@ -25,8 +25,8 @@ constexpr int kEach = Plan::kEach;
 
 enum : int64_t { kTableA, kTableQ, kTableG = 3, kTableRows = 5 };
 
-// Sums over time and batch for the gradients: rows of D N doubles, and one of D doubles behind them. The conjugates of
-// dS/dq / a and dS/dg / a; dS/da; domega.
+// Sums over time and sequences for the gradients: rows of D N doubles, and one of D doubles behind them. The conjugates
+// of dS/dq / a and dS/dg / a; dS/da; domega.
 enum : int64_t { kSumQ, kSumG = 2, kSumA = 4, kSumOmega = 5 };
 
 // ---- complex numbers of any type ------------------------------------------------------------------------------------
@@ -145,13 +145,13 @@ struct ScanArgs {
   const A* start;       // [B, D, N, 2]: h0, for Adjoint dh; nullptr: zeros
   const A* cotangent;   // Sensitivity: dh, or nullptr
   A* last;              // [B, D, N, 2]: h, for Adjoint dh0, or nullptr
-  double* carries;      // [B, chunks - 1, D, N, numbers]: the states where the chunks but the first begin
+  double* carries;      // [places of the cut, D, N, numbers]: the states where the pieces but the first begin
   double* sums;         // [blocks, sums of a block]
   int64_t block_sums;   // how many
-  int64_t L, D, N;
+  int64_t D, N;
   int64_t first;  // of the wavelets
-  Parts parts;
-  int64_t chunks, length;
+  CemaCut cut;
+  bool keeps_ends;  // what all pieces end with goes to places of their own: CemaCut::ends
   bool packed;
 };
 
@@ -182,9 +182,9 @@ struct Mine {
   }
   // Of a tensor [B, D, N, 2]; zeros where there is none.
   template <class T>
-  DEVICE Pair<double> state(const ScanArgs<T>& args, const stat_t<T>* tensor, int64_t b, int k) const {
+  DEVICE Pair<double> state(const ScanArgs<T>& args, const stat_t<T>* tensor, int64_t i, int k) const {
     if (tensor == nullptr || !has(args, k)) return {0, 0};
-    const auto v = load<2>(tensor + 2 * (b * args.D * args.N + index(args, k)));
+    const auto v = load<2>(tensor + 2 * (i * args.D * args.N + index(args, k)));
     return {v.v[0], v.v[1]};
   }
 };
@@ -210,8 +210,8 @@ struct Forward {
       c[k] = Pair<A>::of(mine.number(args, kTableA, k) * mine.pair(args, kTableG, k));
     }
   }
-  DEVICE Pair<double> start(const ScanArgs<T>& args, const Mine& mine, int64_t b, int k) const {
-    const Pair<double> h0 = mine.state(args, args.start, b, k);
+  DEVICE Pair<double> start(const ScanArgs<T>& args, const Mine& mine, int64_t i, int k) const {
+    const Pair<double> h0 = mine.state(args, args.start, i, k);
     if (!mine.has(args, k)) return h0;
     const double a = mine.number(args, kTableA, k);
     return {h0.re / a, h0.im / a};
@@ -241,12 +241,12 @@ struct Forward {
     UNROLL
     for (int k = 0; k < kEach; ++k) h[k].settle();
   }
-  DEVICE void finish_row(const ScanArgs<T>& args, const Mine& mine, int64_t b) const {
+  DEVICE void finish_sequence(const ScanArgs<T>& args, const Mine& mine, int64_t i) const {
     UNROLL
     for (int k = 0; k < kEach; ++k) {
       if (!mine.has(args, k)) continue;
       const Pair<A> last = Pair<A>::of(mine.number(args, kTableA, k) * h[k].exact());
-      store(args.last + 2 * (b * args.D * args.N + mine.index(args, k)), Pack<A, 2>{last.re, last.im});
+      store(args.last + 2 * (i * args.D * args.N + mine.index(args, k)), Pack<A, 2>{last.re, last.im});
     }
   }
   DEVICE void finish(const ScanArgs<T>&, const Mine&, double*) const {}
@@ -272,8 +272,8 @@ struct Adjoint {
       a[k] = static_cast<A>(mine.number(args, kTableA, k));
     }
   }
-  DEVICE Pair<double> start(const ScanArgs<T>& args, const Mine& mine, int64_t b, int k) const {
-    return mine.state(args, args.start, b, k);
+  DEVICE Pair<double> start(const ScanArgs<T>& args, const Mine& mine, int64_t i, int k) const {
+    return mine.state(args, args.start, i, k);
   }
   DEVICE State<A>& state(int k, int) { return m[k]; }
   DEVICE void begin(int steps) {
@@ -305,13 +305,13 @@ struct Adjoint {
       sum[k] = 0;
     }
   }
-  DEVICE void finish_row(const ScanArgs<T>& args, const Mine& mine, int64_t b) const {
+  DEVICE void finish_sequence(const ScanArgs<T>& args, const Mine& mine, int64_t i) const {
     if (args.last == nullptr) return;
     UNROLL
     for (int k = 0; k < kEach; ++k) {
       if (!mine.has(args, k)) continue;
       const Pair<A> last = Pair<A>::of(m[k].exact());
-      store(args.last + 2 * (b * args.D * args.N + mine.index(args, k)), Pack<A, 2>{last.re, last.im});
+      store(args.last + 2 * (i * args.D * args.N + mine.index(args, k)), Pack<A, 2>{last.re, last.im});
     }
   }
   DEVICE void finish(const ScanArgs<T>& args, const Mine& mine, double* sums) const {
@@ -342,8 +342,8 @@ struct Sensitivity {
       g[k] = Pair<A>::of(mine.pair(args, kTableG, k));
     }
   }
-  DEVICE Pair<double> start(const ScanArgs<T>& args, const Mine& mine, int64_t b, int k) const {
-    const Pair<double> h0 = mine.state(args, args.start, b, k);
+  DEVICE Pair<double> start(const ScanArgs<T>& args, const Mine& mine, int64_t i, int k) const {
+    const Pair<double> h0 = mine.state(args, args.start, i, k);
     if (!mine.has(args, k)) return h0;
     const double a = mine.number(args, kTableA, k);
     return {h0.re / a, h0.im / a};
@@ -385,11 +385,11 @@ struct Sensitivity {
     total_omega += static_cast<double>(sum_omega);
     sum_omega = 0;
   }
-  DEVICE void finish_row(const ScanArgs<T>& args, const Mine& mine, int64_t b) {
+  DEVICE void finish_sequence(const ScanArgs<T>& args, const Mine& mine, int64_t i) {
     if (args.cotangent == nullptr) return;
     UNROLL
     for (int k = 0; k < kEach; ++k) {
-      total_q[k] = total_q[k] + conj(mine.state(args, args.cotangent, b, k)) * e[k].exact();
+      total_q[k] = total_q[k] + conj(mine.state(args, args.cotangent, i, k)) * e[k].exact();
     }
   }
   DEVICE void finish(const ScanArgs<T>& args, const Mine& mine, double* sums) const {

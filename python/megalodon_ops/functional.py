@@ -171,6 +171,7 @@ def cema(
     omega: Tensor,
     state: Tensor | None = None,
     algorithm: str = "auto",
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Complex exponential moving average over time, with N wavelets per channel.
 
@@ -187,7 +188,12 @@ def cema(
         omega: (D) or (D, 1) stat, weight of the input in the output.
         state: (B, D, N, 2) stat, h after the previous call; None is zero.
         algorithm: "scan", "fft", or "auto", the faster of the two by measurement (on a GPU the
-            scan; "fft" is the scan there, too, where a state or its gradient is given).
+            scan; "fft" is the scan there, too, where a state or its gradient is given, and
+            everywhere where cu_seqlens is).
+        cu_seqlens: (segments + 1) int32 or int64, the bounds of the segments of one packed row: 0
+            first, ascending, T last. x is (1, T, D) then and every segment is computed as if it
+            were alone, with its own row of state and h, (segments, D, N, 2). The values are checked
+            on the CPU; on a GPU wrong ones give wrong results, never access outside the tensors.
 
     Returns:
         y (B, L, D) like x, and the state h (B, D, N, 2) after the last step. Differentiable in all
@@ -204,7 +210,7 @@ def cema(
         gamma,
         _squeeze(omega, 1),
         state,
-        None,
+        cu_seqlens,
         algorithm,
     )
     return y, h

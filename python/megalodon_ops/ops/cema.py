@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megalodon_ops._library import Cost, Maker, Op, Sample, registry
-from megalodon_ops._shapes import like, stat
+from megalodon_ops._shapes import like, sequences, stat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,8 @@ def _fake(
     cu_seqlens: Tensor | None = None,
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    B, _, D = x.shape
-    return like(x), stat(x, B, D, alpha.shape[1], 2)
+    rows = sequences(x, cu_seqlens)
+    return like(x), stat(x, rows, x.shape[2], alpha.shape[1], 2)
 
 
 def _backward_fake(
@@ -69,6 +69,8 @@ def _parameters(make: Maker, D: int, N: int) -> tuple[Tensor, ...]:
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
+    import torch
+
     yield Sample("no state", (make.activation(2, 9, 5), *_parameters(make, 5, 3)))
     yield Sample(
         "state",
@@ -85,6 +87,20 @@ def _samples(make: Maker) -> Iterator[Sample]:
             *_parameters(make, 19, 4),
             make.stat(2, 19, 4, 2),
             None,
+            "fft",
+        ),
+    )
+    yield Sample(
+        "packed",
+        (make.activation(1, 75, 19), *_parameters(make, 19, 4), None, make.bounds(0, 70, 1, 4)),
+    )
+    yield Sample(
+        "packed state",
+        (
+            make.activation(1, 160, 19),
+            *_parameters(make, 19, 4),
+            make.stat(4, 19, 4, 2),
+            make.bounds(1, 150, 0, 9, dtype=torch.int32),
             "fft",
         ),
     )
