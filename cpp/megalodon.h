@@ -169,7 +169,8 @@ MEGALODON_API int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh
 /* chunk_attention: causal softmax attention inside chunks of chunk_size tokens, nothing across chunks; scores unscaled.
  * q, k (B, L, H, S); v, o (B, L, H, E); lse (B, H, L). Token 0 of row b stands at position[b]; the tokens of its chunk
  * that came before are k_cache (B, C, H, S), v_cache (B, C, H, E), [:, :position % C]; the three all or none. DropKey
- * with dropout_p and seed. */
+ * with dropout_p and seed. With cu_seqlens (segments + 1) B is 1 and the segments of the row are what rows are
+ * otherwise, also in the caches and position. */
 MEGALODON_API int megalodon_chunk_attention_forward_outputs(const DLTensor* q, const DLTensor* k, const DLTensor* v,
                                                             int64_t chunk_size, double dropout_p, int64_t seed,
                                                             const DLTensor* cu_seqlens, const DLTensor* k_cache,

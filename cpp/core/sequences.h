@@ -62,16 +62,6 @@ struct Sequences {
     return packed ? last_of([&](int64_t j) { return begin(j) <= token; }) : token / length;
   }
 
- private:
-  static MEGALODON_HOST_DEVICE constexpr int64_t pieces_of(int64_t tokens, int64_t size) {
-    return tokens <= size ? 1 : (tokens - 1) / size + 1;
-  }
-  MEGALODON_HOST_DEVICE int64_t at(int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(cu_seqlens)[i] : static_cast<const int32_t*>(cu_seqlens)[i];
-  }
-  MEGALODON_HOST_DEVICE constexpr int64_t clamped(int64_t value, int64_t least) const {
-    return value < least ? least : value > length ? length : value;
-  }
   // The last sequence for which `holds`, which holds up to some sequence; 0 if it holds for none.
   template <class Holds>
   MEGALODON_HOST_DEVICE int64_t last_of(Holds&& holds) const {
@@ -85,6 +75,17 @@ struct Sequences {
       }
     }
     return low;
+  }
+
+ private:
+  static MEGALODON_HOST_DEVICE constexpr int64_t pieces_of(int64_t tokens, int64_t size) {
+    return tokens <= size ? 1 : (tokens - 1) / size + 1;
+  }
+  MEGALODON_HOST_DEVICE int64_t at(int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(cu_seqlens)[i] : static_cast<const int32_t*>(cu_seqlens)[i];
+  }
+  MEGALODON_HOST_DEVICE constexpr int64_t clamped(int64_t value, int64_t least) const {
+    return value < least ? least : value > length ? length : value;
   }
 };
 

@@ -9,9 +9,28 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// How the key tiles of a chunk are dealt to its groups.
-inline Deal key_tiles(const ChunkAttentionBackward& args, const Chunk& chunk) {
-  return {ceil_div(chunk.keys, args.keys), args.groups};
+// Calls body(tile) for the tiles of keys that are dealt to a group: one of every round of `groups` tiles, from
+// alternate ends, since the first tiles have the most queries after them.
+template <class Body>
+void for_key_tiles(const ChunkAttentionBackward& args, const Chunk& chunk, int64_t group, Body&& body) {
+  for (int64_t round = 0; round * args.groups * args.keys < chunk.keys; ++round) {
+    const int64_t tile = round * args.groups + (round % 2 == 0 ? group : args.groups - 1 - group);
+    if (tile * args.keys < chunk.keys) body(tile);
+  }
+}
+
+// Calls add(group, work) for the groups of a chunk: of every tile of keys its products, and something for every key
+// and query it reads.
+template <class Add>
+void for_groups(const ChunkAttentionBackward& args, const Chunk& chunk, Add&& add) {
+  for (int64_t group = 0; group < args.groups && group * args.keys < chunk.keys; ++group) {
+    int64_t work = 0;
+    for_key_tiles(args, chunk, group, [&](int64_t tile) {
+      const int64_t key = tile * args.keys, keys = std::min(args.keys, chunk.keys - key);
+      work += (keys + 16) * (chunk.keys - std::max(chunk.first, key) + 16);
+    });
+    add(group, work);
+  }
 }
 
 template <class T>
@@ -23,14 +42,16 @@ class BackwardTile {
   static_assert(kMicroRows % D == 0, "pairs of queries lie in one block of rows");
 
  public:
-  BackwardTile(const ChunkAttentionBackward& args, const Chunk& chunk, int64_t group, A* scratch)
+  // sums D [B, H, L]; dq [B, L, H, S], the group's part.
+  BackwardTile(const ChunkAttentionBackward& args, const Chunk& chunk, int64_t group, const A* sums, A* dq, A* scratch)
       : args_(args),
         chunk_(chunk),
         group_(group),
         queries_in_(rows_of<const T>(args, chunk, args.q, nullptr, args.S)),
         dout_in_(rows_of<const T>(args, chunk, args.dout, nullptr, args.E)),
-        statistics_((chunk.b * args.H + chunk.h) * args.L + chunk.token),
-        drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.b), static_cast<uint32_t>(chunk.h)} {
+        sums_(sums + chunk.statistic),
+        dq_out_(dq + (chunk.token * args.H + chunk.h) * args.S),
+        drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.sequence), static_cast<uint32_t>(chunk.h)} {
     const int64_t Sp = round_up(args.S, P), Ep = round_up(args.E, P), K = args.keys, Q = args.queries;
     const auto take = [&scratch](int64_t n) { return std::exchange(scratch, scratch + n); };
     keys_packed_ = take(K * Sp);
@@ -53,10 +74,8 @@ class BackwardTile {
   }
 
   void run() {
-    const Deal deal = key_tiles(args_, chunk_);
-    for (int64_t round = 0; round < deal.rounds(); ++round) {
-      const int64_t tile = deal.item(round, group_);
-      if (tile >= deal.items) continue;
+    bool first_keys = true;
+    for_key_tiles(args_, chunk_, group_, [&](int64_t tile) {
       key_ = tile * args_.keys;
       keys_ = std::min(args_.keys, chunk_.keys - key_);
       pack_keys();
@@ -68,12 +87,13 @@ class BackwardTile {
         weigh();
         pass_values(!first_queries);
         pass_keys(!first_queries);
-        add_to_dq(round > 0);
+        add_to_dq(!first_keys);
         first_queries = false;
       }
       write_rows(dk_, args_.dk, args_.dk_cache, args_.S);
       write_rows(dv_, args_.dv, args_.dv_cache, args_.E);
-    }
+      first_keys = false;
+    });
   }
 
  private:
@@ -105,7 +125,7 @@ class BackwardTile {
       for (int64_t i = 0; i < count_; ++i) drop_row(i, std::min(keys_, place_ + i + 1 - key_));
     }
     const A infinity = std::numeric_limits<A>::infinity();
-    const A* lse = static_cast<const A*>(args_.lse) + statistics_ + place_;
+    const A* lse = static_cast<const A*>(args_.lse) + chunk_.statistic + place_;
     for (int64_t p = 0; p * P < keys_; ++p) {
       for (int64_t i = first_query(p); i < count_; ++i) {
         const A shift = lse[i] == -infinity ? infinity : lse[i];
@@ -190,7 +210,7 @@ class BackwardTile {
 
   // From dweights the scores' gradients; dk += dscores^T q and dq = dscores k.
   void pass_keys(bool accumulate) {
-    const A* sums = static_cast<const A*>(args_.workspace) + statistics_ + place_;
+    const A* sums = sums_ + place_;
     for (int64_t p = 0; p * P < keys_; ++p) {
       for (int64_t i = first_query(p); i < count_; ++i) {
         A* dscores = row(dweights_, p, i);
@@ -230,8 +250,7 @@ class BackwardTile {
 
   void add_to_dq(bool accumulate) {
     const int64_t stride = args_.H * args_.S;
-    A* dq = static_cast<A*>(args_.workspace) + args_.B * args_.L * args_.H + group_ * args_.B * args_.L * stride;
-    dq += ((chunk_.b * args_.L + chunk_.token + place_) * args_.H + chunk_.h) * args_.S;
+    A* dq = dq_out_ + place_ * stride;
     for (int64_t i = 0; i < count_; ++i) {
       for (int64_t s = 0; s < args_.S; s += W) {
         Vec<A> sum = load(dq_ + s / P * P * count_ + i * P + s % P);
@@ -255,7 +274,8 @@ class BackwardTile {
   const Chunk chunk_;
   const int64_t group_;
   const Rows<const T> queries_in_, dout_in_;
-  const int64_t statistics_;  // of place 0 in lse and D
+  const A* sums_;  // of place 0
+  A* dq_out_;      // likewise
   const DropKey drop_;
   int64_t key_ = 0, keys_ = 0, place_ = 0, count_ = 0;  // the tiles' first places and sizes
   A *keys_packed_, *keys_transposed_, *dk_, *values_transposed_, *dv_, *dq_;

@@ -76,6 +76,15 @@ void softmax_block(A* scores, int64_t keys, int64_t visible, Softmax<A>& state) 
   state.sum[1] = sum[1];
 }
 
+// Calls add(tile, work) for the tiles of a chunk: its products, and something for every key and query it reads.
+template <class Add>
+void for_query_tiles(const ChunkAttentionForward& args, const Chunk& chunk, Add&& add) {
+  for (int64_t tile = 0; tile * args.queries < chunk.queries(); ++tile) {
+    const int64_t queries = std::min(args.queries, chunk.queries() - tile * args.queries);
+    add(tile, (queries + 16) * (chunk.first + tile * args.queries + queries / 2 + 16));
+  }
+}
+
 template <class T>
 class ForwardTile {
   using A = stat_t<T>;
@@ -95,7 +104,7 @@ class ForwardTile {
         place_(chunk.first + tile * args.queries),
         queries_(std::min(args.queries, chunk.keys - place_)),
         end_(place_ + queries_),
-        drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.b), static_cast<uint32_t>(chunk.h)} {
+        drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.sequence), static_cast<uint32_t>(chunk.h)} {
     queries_packed_ = scratch;
     keys_packed_ = queries_packed_ + args.queries * round_up(args.S, P);
     scores_ = keys_packed_ + args.key_rows * round_up(args.S, P);
@@ -207,7 +216,7 @@ class ForwardTile {
   // Columns e .. of the output, which are complete.
   void finish(int64_t e) const {
     const auto out = rows_of<T>(args_, chunk_, args_.o, nullptr, args_.E);
-    auto* lse = static_cast<A*>(args_.lse) + (chunk_.b * args_.H + chunk_.h) * args_.L + chunk_.token + place_;
+    auto* lse = static_cast<A*>(args_.lse) + chunk_.statistic + place_;
     const int64_t stop = std::min(args_.E, e + kColumns);
     for (int64_t i = 0; i < queries_; ++i) {
       const Softmax<A>& state = softmax_[i / P];

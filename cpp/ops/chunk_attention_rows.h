@@ -18,8 +18,8 @@ struct Rows {
 
   Rows(const ChunkAttention& args, const Chunk& chunk, void* tensor, void* cache, int64_t n)
       : cached(static_cast<T*>(cache)), fresh(static_cast<T*>(tensor)), stride(args.H * n), first(chunk.first) {
-    if (first > 0) cached += (chunk.b * args.C * args.H + chunk.h) * n;
-    fresh += ((chunk.b * args.L + chunk.token) * args.H + chunk.h) * n;
+    if (first > 0) cached += (chunk.sequence * args.C * args.H + chunk.h) * n;
+    fresh += (chunk.token * args.H + chunk.h) * n;
   }
   T* row(int64_t place) const { return (place < first ? cached : fresh) + place * stride; }
 };

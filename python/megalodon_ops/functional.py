@@ -373,6 +373,7 @@ def chunk_attention(
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention inside chunks of C steps: ``o_t = sum_s softmax_s(q_t . k_s) v_s``.
 
@@ -387,6 +388,11 @@ def chunk_attention(
         k_cache, v_cache: (B, C, H, S), (B, C, H, E): keys and values of the running chunk, of which
             the first ``position % C`` count; given together with position.
         position: (B) int64, steps before this call.
+        cu_seqlens: (segments + 1) int32 or int64, 0 first, T last and ascending: q, k (1, T, H, S)
+            and v (1, T, H, E) are one packed row, and its segments, tokens cu_seqlens[i] ..
+            cu_seqlens[i + 1] - 1, are what rows of a batch are, each with its own chunks; caches
+            and position have a row per segment. The values are checked on the CPU; on a GPU wrong
+            ones give wrong results, never access outside the tensors.
 
     Returns:
         o (B, L, H, E) like v. A row with every key dropped is 0. Differentiable in q, k, v and the
@@ -395,7 +401,7 @@ def chunk_attention(
     Source: section 3.3 of the paper.
     """
     o: Tensor = _ops.chunk_attention(
-        q, k, v, chunk_size, dropout_p, seed, None, k_cache, v_cache, position
+        q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position
     )[0]
     return o
 

@@ -47,9 +47,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, chunk_size, dropout_p, seed, _, k_cache, v_cache, position = inputs
+    q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position = inputs
     o, lse = output
-    ctx.save_for_backward(q, k, v, o, lse, k_cache, v_cache, position)
+    ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, k_cache, v_cache, position)
     ctx.sizes = chunk_size, dropout_p, seed
     ctx.mark_non_differentiable(lse)
 
@@ -57,15 +57,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     import torch
 
-    q, k, v, o, lse, k_cache, v_cache, position = ctx.saved_tensors
+    q, k, v, o, lse, cu_seqlens, k_cache, v_cache, position = ctx.saved_tensors
     dq, dk, dv, dk_cache, dv_cache = torch.ops.megalodon.chunk_attention_backward(
-        dout, q, k, v, o, lse, *ctx.sizes, None, k_cache, v_cache, position
+        dout, q, k, v, o, lse, *ctx.sizes, cu_seqlens, k_cache, v_cache, position
     )
     caches = (dk_cache, dv_cache) if k_cache is not None else (None, None)
     return dq, dk, dv, None, None, None, None, *caches, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
+    import torch
+
     def inputs(B: int, L: int, H: int, S: int, E: int) -> tuple[Tensor, Tensor, Tensor]:
         q = make.activation(B, L, H, S) * S**-0.5
         return q, make.activation(B, L, H, S), make.activation(B, L, H, E)
@@ -83,13 +85,34 @@ def _samples(make: Maker) -> Iterator[Sample]:
         "caches and dropout",
         (*inputs(2, 7, 3, 2, 3), 6, 0.5, 99, None, *caches(2, 6, 3, 2, 3), make.ints(4, 12)),
     )
+    bounds = make.bounds(1, 0, 9, 4, dtype=torch.int32)
+    yield Sample("packed", (*inputs(1, 14, 2, 8, 12), 4, 0.0, 0, bounds, None, None, None))
+    yield Sample(
+        "packed, caches and dropout",
+        (
+            *(*inputs(1, 30, 2, 3, 5), 8, 0.3, 7, make.bounds(0, 17, 1, 12)),
+            *(*caches(4, 8, 2, 3, 5), make.ints(3, 5, 7, 16)),
+        ),
+    )
 
 
-def _cost(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, *_: Any) -> Cost:
+def _cost(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens: Tensor | None = None,
+    *_: Any,
+) -> Cost:
     """Without what lies in caches."""
     B, L, H, S = q.shape
-    whole, rest = divmod(L, chunk_size)
-    pairs = B * H * (whole * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
+    lengths = [L] * B if cu_seqlens is None else cu_seqlens.diff().tolist()
+    pairs = 0
+    for length in lengths:
+        whole, rest = divmod(length, chunk_size)
+        pairs += H * (whole * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
     return Cost(
         bytes=2 * (q.numel() + v.numel()) * q.element_size(), flops=2 * pairs * (S + v.shape[3])
     )
