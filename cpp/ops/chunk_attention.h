@@ -148,7 +148,7 @@ struct Strips {
   };
   int64_t tile, tiles, per_head, count;
   int64_t per_sequence;  // of a packed one: above those of its tokens and chunks
-  bool of_keys;
+  bool of_keys, packed;
 
   static Strips of(const ChunkAttention& args, int64_t tile, bool of_keys) {
     const Sequences& s = args.sequences;
@@ -156,6 +156,7 @@ struct Strips {
     strips.tile = tile;
     strips.tiles = ceil_div(of_keys ? keys_of_chunk(args) : queries_of_chunk(args), tile);
     strips.of_keys = of_keys;
+    strips.packed = s.packed;
     // The first chunk of a packed sequence may have keys in the cache.
     strips.per_sequence = s.packed ? 1 + (args.cached ? (of_keys ? strips.tiles : 1) : 0)
                                    : chunks_of(s.length, args.C, args.cached) * strips.tiles;
@@ -165,13 +166,12 @@ struct Strips {
   }
 
   MEGALODON_HOST_DEVICE int64_t first(const ChunkAttention& args, int64_t i) const {
-    const int64_t begin = args.sequences.packed ? args.sequences.begin(i) : 0;
+    const int64_t begin = packed ? args.sequences.begin(i) : 0;
     return begin / tile + begin / args.C + i * per_sequence;
   }
 
   MEGALODON_HOST_DEVICE Strip at(const ChunkAttention& args, int64_t number) const {
     const int64_t h = number / per_head, n = number % per_head;
-    const bool packed = args.sequences.packed;
     const int64_t i =
         packed ? args.sequences.last_of([&](int64_t j) { return first(args, j) <= n; }) : n / per_sequence;
     const int64_t index = n - first(args, i);

@@ -16,8 +16,8 @@ struct Rows {
   int64_t stride, first;
 
   DEVICE Rows(const ChunkAttention& args, const Chunk& chunk, T* tensor, T* cache, int64_t n)
-      : cached(chunk.first > 0 ? cache + (chunk.b * args.C * args.H + chunk.h) * n : nullptr),
-        fresh(tensor + ((chunk.b * args.L + chunk.token) * args.H + chunk.h) * n),
+      : cached(chunk.first > 0 ? cache + (chunk.sequence * args.C * args.H + chunk.h) * n : nullptr),
+        fresh(tensor + (chunk.token * args.H + chunk.h) * n),
         stride(args.H * n),
         first(chunk.first) {}
   DEVICE T* row(int64_t place) const { return (place < first ? cached : fresh) + place * stride; }
@@ -93,7 +93,7 @@ struct ScoreTile {
 template <int n>
 DEVICE unsigned dropped_keys(const ChunkAttention& args, const Chunk& chunk, uint32_t j, uint32_t i) {
   uint32_t words[4];
-  const auto b = static_cast<uint32_t>(chunk.b), h = static_cast<uint32_t>(chunk.h);
+  const auto b = static_cast<uint32_t>(chunk.sequence), h = static_cast<uint32_t>(chunk.h);
   dropkey_words(j >> 2, i, h, b, args.seed, words, MultiplyWide{});
   unsigned bits = 0;
   const unsigned skipped = j & 3;
