@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.nn.linear import linear
+from megalodon_ops.training.data import Batch
 from megalodon_ops.training.loop import make_optimizer, training_step
 from megalodon_ops.training.options import DEMO_SHAPE, TrainOptions
 
@@ -41,14 +42,24 @@ def _model() -> Megalodon:
     return Megalodon(MegalodonConfig(**DEMO_SHAPE, vocab_size=256, output_size=256))
 
 
-def _batch(length: int) -> tuple[Tensor, Tensor]:
+def _batch(length: int) -> Batch:
     tokens = torch.randint(256, (1, length + 1), generator=torch.Generator().manual_seed(0))
-    return tokens[:, :-1], tokens[:, 1:]
+    return Batch(tokens[:, :-1], tokens[:, 1:])
+
+
+def _packed(batch: Batch) -> Batch:
+    """The same tokens as documents of 64 to 1023 tokens, the last one shorter."""
+    lengths = torch.randint(64, 1024, (batch.tokens.shape[1] // 64,))
+    bounds = lengths.cumsum(0)
+    inside = bounds[bounds < batch.tokens.shape[1]]
+    return batch._replace(
+        cu_seqlens=torch.cat([torch.zeros(1), inside, torch.tensor([batch.tokens.numel()])]).long()
+    )
 
 
 def _verify(model: Megalodon, dtype: str) -> float:
     """The relative error of a short loss against float64."""
-    tokens, targets = _batch(700)
+    tokens, targets, _ = _batch(700)
 
     def loss(model: nn.Module, enabled: bool) -> float:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -78,7 +89,7 @@ def _linear_layers(model: Megalodon, length: int, dtype: torch.dtype) -> Callabl
     return call
 
 
-def _kept_bytes(model: Megalodon, batch: tuple[Tensor, Tensor], dtype: str) -> int:
+def _kept_bytes(model: Megalodon, batch: Batch, dtype: str) -> int:
     """What autograd keeps from forward to backward, each storage once, without the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -91,7 +102,7 @@ def _kept_bytes(model: Megalodon, batch: tuple[Tensor, Tensor], dtype: str) -> i
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = model(batch[0]).sum()  # alive: no storage is freed and counted twice
+        loss = model(batch.tokens).sum()  # alive: no storage is freed and counted twice
     del loss
     return sum(kept.values())
 
@@ -112,6 +123,20 @@ def test_training(benchmark: Any, dtype: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_training(benchmark: Any, dtype: str) -> None:
+    """Documents packed into one row, beside the same tokens as one document."""
+    model, length = _model(), 8192
+    error = _verify(model, dtype)
+    optimizer, batch = make_optimizer(model, TrainOptions()), _batch(length)
+    packed = _packed(batch)
+    calls = {
+        "ours": lambda: training_step(model, optimizer, packed, dtype, 1.0),
+        "floor": lambda: training_step(model, optimizer, batch, dtype, 1.0),
+    }
+    _report(benchmark, "packed training", dtype, length, length, calls, error, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("position", POSITIONS)
 def test_decoding(benchmark: Any, dtype: str, position: int) -> None:
     model = _model().eval()
@@ -119,7 +144,7 @@ def test_decoding(benchmark: Any, dtype: str, position: int) -> None:
     model = model.to(getattr(torch, dtype))
     state = model.init_state(1)
     with torch.inference_mode():
-        model(_batch(600)[0], state, inplace_state=True)
+        model(_batch(600).tokens, state, inplace_state=True)
     chunk = model.config.chunk_size
     start = position // chunk * chunk + chunk // 2  # a chunk is on average half full
     decoder, tokens = model.decoder(state), torch.full((1, 1), 65)

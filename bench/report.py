@@ -32,8 +32,9 @@ inputs that are not in the cache (`bench/gpu.py`); the floor of `fma` is then a 
 MODEL_TITLE = (
     "The model of `make demo` (3.4M parameters, B = 1, all cores; `bench/bench_model.py`): training"
     " steps of L tokens beside the linear layers alone, forward and backward; decoding at a"
-    " position beside a copy of as many bytes as the weights have. *Bytes kept*: per token and"
-    " layer, from forward to backward."
+    " position beside a copy of as many bytes as the weights have; packed training, documents of 64"
+    " to 1023 tokens, beside training on the same tokens as one document. *Bytes kept*: per token"
+    " and layer, from forward to backward."
 )
 COLUMNS = (
     "| op | shape | dtype | threads | pass | ours ms | floor | % of floor | best peer | ratio | A/A"

@@ -96,7 +96,8 @@ MEGALODON_API int64_t megalodon_num_threads(void); /* of our own pool */
 /* block_step: one decoding step of a whole block, x (B, D) to y (B, D). Updated in place: k_cache (B, C, H, S), v_cache
  * (B, C, H, E), count (B), mean, var (B, G), h (B, D, N, 2); position (B) is read. Parameters as in the ops they belong
  * to; weights (out, in) and biases of linear layers and ffn_alpha (D) have the activation's type. rmsnorm_weight,
- * norm_weight with norm_bias, fc3_weight and ffn_alpha are optional. */
+ * norm_weight with norm_bias, fc3_weight and ffn_alpha are optional. sliding: as in chunk_attention_step; the rotary
+ * position is then the absolute one. */
 MEGALODON_API int megalodon_block_step_forward_outputs(
     const DLTensor* x, DLTensor* k_cache, DLTensor* v_cache, DLTensor* count, DLTensor* mean, DLTensor* var,
     DLTensor* h, const DLTensor* position, const DLTensor* timenorm_weight, const DLTensor* timenorm_bias,
@@ -106,7 +107,7 @@ MEGALODON_API int megalodon_block_step_forward_outputs(
     const DLTensor* wh1_weight, const DLTensor* wh1_bias, const DLTensor* wh2_weight, const DLTensor* gamma,
     const DLTensor* beta, const DLTensor* norm_weight, const DLTensor* norm_bias, const DLTensor* fc1_weight,
     const DLTensor* fc2_weight, const DLTensor* fc3_weight, const DLTensor* ffn_alpha, int64_t num_groups,
-    int64_t num_heads, int64_t chunk_size, double rope_base, double eps, megalodon_spec* outputs);
+    int64_t num_heads, int64_t chunk_size, double rope_base, double eps, int64_t sliding, megalodon_spec* outputs);
 MEGALODON_API int megalodon_block_step_forward(
     const DLTensor* x, DLTensor* k_cache, DLTensor* v_cache, DLTensor* count, DLTensor* mean, DLTensor* var,
     DLTensor* h, const DLTensor* position, const DLTensor* timenorm_weight, const DLTensor* timenorm_bias,
@@ -116,8 +117,8 @@ MEGALODON_API int megalodon_block_step_forward(
     const DLTensor* wh1_weight, const DLTensor* wh1_bias, const DLTensor* wh2_weight, const DLTensor* gamma,
     const DLTensor* beta, const DLTensor* norm_weight, const DLTensor* norm_bias, const DLTensor* fc1_weight,
     const DLTensor* fc2_weight, const DLTensor* fc3_weight, const DLTensor* ffn_alpha, int64_t num_groups,
-    int64_t num_heads, int64_t chunk_size, double rope_base, double eps, DLTensor* y, DLTensor* workspace,
-    void* stream);
+    int64_t num_heads, int64_t chunk_size, double rope_base, double eps, int64_t sliding, DLTensor* y,
+    DLTensor* workspace, void* stream);
 
 /* cema_kernel: k_t = Re sum_n c_n q_n^t, the impulse response of cema without omega. Parameters as for cema, float32 or
  * float64; k, dk (D, length). */
@@ -196,15 +197,17 @@ MEGALODON_API int megalodon_chunk_attention_backward(const DLTensor* dout, const
                                                      DLTensor* workspace, void* stream);
 
 /* chunk_attention_step: writes k (B, H, S), v (B, H, E) to slot position[b] % chunk_size of k_cache (B, C, H, S),
- * v_cache (B, C, H, E) and attends with q (B, H, S) to that slot and those below. o (B, H, E); position (B). */
+ * v_cache (B, C, H, E) and attends with q (B, H, S) to that slot and those below; sliding (0 or 1): to the last
+ * chunk_size tokens, that one included. o (B, H, E); position (B). */
 MEGALODON_API int megalodon_chunk_attention_step_forward_outputs(const DLTensor* q, const DLTensor* k,
                                                                  const DLTensor* v, DLTensor* k_cache,
                                                                  DLTensor* v_cache, const DLTensor* position,
-                                                                 int64_t chunk_size, megalodon_spec* outputs);
+                                                                 int64_t chunk_size, int64_t sliding,
+                                                                 megalodon_spec* outputs);
 MEGALODON_API int megalodon_chunk_attention_step_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
                                                          DLTensor* k_cache, DLTensor* v_cache, const DLTensor* position,
-                                                         int64_t chunk_size, DLTensor* o, DLTensor* workspace,
-                                                         void* stream);
+                                                         int64_t chunk_size, int64_t sliding, DLTensor* o,
+                                                         DLTensor* workspace, void* stream);
 
 /* qk_norm_rope: z (B, L, H S) normalised per head, scaled by (gamma + 1) / sqrt(S), shifted by beta and rotated by the
  * token's place in its chunk. gamma, beta (2, H S), row 0 for q; position (B) or NULL: 0; q, k (B, L, H, S);

@@ -189,6 +189,25 @@ def test_official_weights(case: Case, dtype: torch.dtype, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("mode", ["key", "weight"])
+def test_what_dropout_drops_is_which_attention_runs(mode: str, tmp_path: Path) -> None:
+    """The released code drops weights in its plain attention, keys in its fused one."""
+    model = small_model(attention_dropout=0.5, attention_dropout_mode=mode)
+    save_checkpoint(model, tmp_path / "official", format="official")
+    written = json.loads((tmp_path / "official" / "config.json").read_text())["model"]
+    assert written["efficient_attn"] == {"key": "fused", "weight": None}[mode]
+    assert load_checkpoint(tmp_path / "official").config == model.config
+
+
+def test_a_sliding_window_is_not_official(tmp_path: Path) -> None:
+    model = small_model(attention="sliding")
+    with pytest.raises(ValueError, match="no sliding attention"):
+        save_checkpoint(model, tmp_path / "official", format="official")
+    assert not (tmp_path / "official").exists()
+    save_checkpoint(model, tmp_path / "ours.safetensors")
+    assert load_checkpoint(tmp_path / "ours.safetensors").config == model.config
+
+
 def test_other_places_of_the_configuration(tmp_path: Path) -> None:
     model = wide_model()
     torch.save(model.state_dict(), tmp_path / "consolidated.00.pth")

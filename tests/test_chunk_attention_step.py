@@ -19,7 +19,7 @@ F64 = torch.float64
 
 
 def arguments(
-    dtype: torch.dtype, H: int, S: int, E: int, C: int, position: list[int]
+    dtype: torch.dtype, H: int, S: int, E: int, C: int, position: list[int], sliding: bool = False
 ) -> tuple[Any, ...]:
     make, B = Maker(dtype), len(position)
     return (
@@ -30,6 +30,7 @@ def arguments(
         make.activation(B, C, H, E),
         torch.tensor(position, dtype=torch.int64),
         C,
+        sliding,
     )
 
 
@@ -39,17 +40,26 @@ def arguments(
     E=st.integers(0, 70),
     C=st.integers(1, 150),
     position=st.lists(st.integers(0, 10**12), max_size=3),
+    sliding=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shape(
-    isa: str, H: int, S: int, E: int, C: int, position: list[int], dtype: torch.dtype
+    isa: str,
+    H: int,
+    S: int,
+    E: int,
+    C: int,
+    position: list[int],
+    sliding: bool,
+    dtype: torch.dtype,
 ) -> None:
-    check_forward(OP, arguments(dtype, H, S, E, C, position))
+    check_forward(OP, arguments(dtype, H, S, E, C, position, sliding))
 
 
-@pytest.mark.parametrize("m", [0, 1, 300, 1023])
-def test_long_caches_are_split_over_parts(isa: str, m: int) -> None:
-    args = arguments(F64, 1, 64, 1024, 1024, [m])
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("m", [0, 1, 300, 1023, 1024 + 300])
+def test_long_caches_are_split_over_parts(isa: str, m: int, sliding: bool) -> None:
+    args = arguments(F64, 1, 64, 1024, 1024, [m], sliding)
     check_forward(OP, args)
     threads = torch.get_num_threads()
     outputs = []
@@ -94,11 +104,26 @@ def test_steps_equal_the_whole_row(isa: str, dropped_chunks: int) -> None:
         torch.testing.assert_close(o, whole[:, t])
 
 
+def test_sliding_steps_attend_to_the_last_tokens(isa: str) -> None:
+    """Of a window of C, from an empty cache on; slots that were never written hold NaN."""
+    C, L, H = 5, 17, 2
+    make = Maker(F64)
+    q, k, v = make.activation(2, L, H, 4), make.activation(2, L, H, 4), make.activation(2, L, H, 3)
+    k_cache, v_cache = (torch.full((2, C, H, n), math.nan, dtype=F64) for n in (4, 3))
+    for t in range(L):
+        position = torch.full((2,), t)
+        o = chunk_attention_step(q[:, t], k[:, t], v[:, t], k_cache, v_cache, position, C, True)
+        last = slice(max(0, t - C + 1), t + 1)
+        weights = torch.einsum("bhs,bjhs->bhj", q[:, t], k[:, last]).softmax(-1)
+        torch.testing.assert_close(o, torch.einsum("bhj,bjhe->bhe", weights, v[:, last]))
+
+
 def test_caches_change_in_one_slot_only() -> None:
-    q, k, v, k_cache, v_cache, position, C = arguments(torch.float32, 2, 4, 3, 5, [1, 9])
+    args = arguments(torch.float32, 2, 4, 3, 5, [1, 9], sliding=True)
+    _, k, v, k_cache, v_cache, *_ = args
     before = k_cache.clone(), v_cache.clone()
     with torch.no_grad():
-        OP.overload(q, k, v, k_cache, v_cache, position, C)
+        OP.overload(*args)
     for cache, old, new in ((k_cache, before[0], k), (v_cache, before[1], v)):
         for b, m in enumerate((1, 4)):
             assert torch.equal(cache[b, m], new[b])

@@ -31,7 +31,7 @@ from megalodon_ops.sampling import Sampling  # noqa: E402
 from megalodon_ops.session import Event, Session  # noqa: E402
 from megalodon_ops.training import checkpoint as checkpoints  # noqa: E402
 from megalodon_ops.training.checkpoint import load, load_model  # noqa: E402
-from megalodon_ops.training.data import Windows, open_corpus, split_point  # noqa: E402
+from megalodon_ops.training.data import Windows  # noqa: E402
 from megalodon_ops.training.errors import CommandError  # noqa: E402
 from megalodon_ops.training.evaluation import bits_per_byte, byte_tensor, compare  # noqa: E402
 from megalodon_ops.training.loop import Interrupt  # noqa: E402
@@ -476,39 +476,6 @@ def test_resume_refuses_another_run(
         code = train(trained, "--resume", "--steps", 9, *arguments)
         assert wanted in one_line(capfd, code)
     assert (trained / "checkpoint.safetensors").read_bytes() == before
-
-
-# Data
-
-
-def test_corpus_is_the_files_end_to_end(tmp_path: Path) -> None:
-    for name, data in {"b": b"BB", "a/z": b"ZZZ", "a/.git/x": b"no", "empty": b""}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    corpus = open_corpus(str(tmp_path))
-    assert corpus.read(0, corpus.size) == b"ZZZBB"
-    assert [corpus.read(i, 2) for i in range(4)] == [b"ZZ", b"ZZ", b"ZB", b"BB"]
-    assert b"".join(corpus.pieces(1, 5, 3)) == b"ZZBB"
-    (tmp_path / "b").write_bytes(b"B")
-    with pytest.raises(CommandError, match="shorter"):
-        corpus.read(3, 2)
-
-
-def test_windows_depend_on_seed_and_step_only(corpus: Path) -> None:
-    opened = open_corpus(str(corpus))
-    stop = split_point(opened, 10)
-    assert stop == len(TEXT) - round(len(TEXT) / 10)
-    windows = Windows(opened, stop, 20, 3, seed=5)
-    tokens, targets = windows.batch(7)
-    assert torch.equal(tokens[:, 1:], targets[:, :-1])
-    for row, target in zip(tokens, targets, strict=True):
-        assert bytes([*row.tolist(), int(target[-1])]) in TEXT[:stop]
-    again = Windows(opened, stop, 20, 3, seed=5)
-    assert torch.equal(again.batch(7)[0], tokens)
-    assert not torch.equal(again.batch(8)[0], tokens)
-    assert not torch.equal(Windows(opened, stop, 20, 3, seed=6).batch(7)[0], tokens)
-    # The shortest corpus has one window.
-    assert Windows(opened, 21, 20, 1, seed=0).batch(0)[0].shape == (1, 20)
 
 
 # Evaluation

@@ -42,6 +42,7 @@ def test_examples_run(example: str) -> None:
         ("generation", ["safetensors"]),
         ("huggingface", ["transformers"]),
         ("loss", []),
+        ("packing", []),
         ("tokenizers", ["tokenizers"]),
     ],
 )

@@ -103,8 +103,8 @@ def test_layer(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     record(got, "out/mx", layer.rmsnorm)
     attend = attention_module.F.chunk_attention
 
-    def recorded(*args: Any) -> Tensor:
-        o = attend(*args)
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        o = attend(*args, **kwargs)
         got["out/attn"] = o.flatten(-2)
         return o
 

@@ -304,3 +304,43 @@ def test_packed_rows_are_segments_alone() -> None:
         )
         torch.testing.assert_close(o[0, t], batch[0][i], rtol=0, atol=1e-12)
         torch.testing.assert_close(lse[0, :, t], batch[1][i], rtol=0, atol=1e-12)
+
+
+def test_a_sliding_window_is_masked_attention() -> None:
+    """Of the last C tokens; in any split into calls, the caches being rings."""
+    C, L, q, k, v = (
+        4,
+        13,
+        randn(2, 13, 2, 4),
+        randn(2, 13, 2, 4, seed=1),
+        randn(2, 13, 2, 3, seed=2),
+    )
+    i, j = torch.arange(L)[:, None], torch.arange(L)
+    hidden = (j > i) | (j <= i - C)
+    scores = torch.einsum("bihs,bjhs->bhij", q, k).masked_fill(hidden, -math.inf)
+    want = torch.einsum("bhij,bjhe->bihe", scores.softmax(-1), v)
+    o, lse = reference.chunk_attention(q, k, v, C, sliding=True)
+    torch.testing.assert_close(o, want)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    for at in range(L):
+        k_cache, v_cache = randn(2, C, 2, 4), randn(2, C, 2, 3)
+        for t in range(at):
+            k_cache[:, t % C], v_cache[:, t % C] = k[:, t], v[:, t]
+        rest = (u[:, at:] for u in (q, k, v))
+        position = torch.full((2,), at)
+        o, _ = reference.chunk_attention(
+            *rest, C, 0.0, 0, None, k_cache, v_cache, position, sliding=True
+        )
+        torch.testing.assert_close(o, want[:, at:])
+
+
+def test_dropped_weights_are_made_up_for() -> None:
+    """After the softmax: lse is that of all keys, and the weights' mean over seeds is the same."""
+    q, k, v = randn(1, 6, 1, 4), randn(1, 6, 1, 4, seed=1), torch.eye(6, dtype=F64)[None, :, None]
+    want, lse = reference.chunk_attention(q, k, v, 6)
+    seeds = range(400)
+    drawn = [reference.chunk_attention(q, k, v, 6, 0.25, s, dropout_mode="weight") for s in seeds]
+    assert all(torch.equal(other, lse) for _, other in drawn)
+    weights = torch.stack([o for o, _ in drawn])
+    assert torch.all((weights == 0) | torch.isclose(weights, want / 0.75))
+    torch.testing.assert_close(weights.mean(0), want, rtol=0, atol=0.1)

@@ -113,6 +113,8 @@ static inline int64_t connect_block_step(BlockStep& s, bool on_cuda, void* works
   return memory.used();
 }
 
+constexpr int64_t kEndless = int64_t{1} << 62;  // a chunk whose end no position reaches
+
 struct BlockStepTensors {
   const DLTensor *x, *k_cache, *v_cache, *count, *mean, *var, *h, *position;
   const DLTensor *timenorm_weight, *timenorm_bias;
@@ -121,6 +123,7 @@ struct BlockStepTensors {
   const DLTensor *gamma, *beta, *norm_weight, *norm_bias, *fc1_weight, *fc2_weight, *fc3_weight, *ffn_alpha;
   int64_t num_groups, num_heads, chunk_size;
   double rope_base, eps;
+  int64_t sliding;
 };
 
 static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in, Outputs&& out) {
@@ -198,7 +201,9 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   s.rope.position = s.attention.position = static_cast<const int64_t*>(position.data);
   s.rope.H = s.attention.H = H.size;
   s.rope.S = s.attention.S = S.size;
-  s.rope.C = s.attention.C = C.size;
+  s.attention.C = C.size;
+  s.attention.sliding = in.sliding != 0;
+  s.rope.C = in.sliding != 0 ? kEndless : C.size;
   s.rope.rope_base = in.rope_base;
   s.rope.divide(c.on_cuda());
   s.value.n = s.gate.n = s.B * s.E;

@@ -135,6 +135,10 @@ void attend(const ChunkAttentionStep& args, const T* q, const T* k, const T* v, 
   *result.best = best;
 }
 
+int64_t filled(const ChunkAttentionStep& args, int64_t b) {
+  return args.filled(args.position[b], args.position[b] % args.C);
+}
+
 Parts parts_of(const ChunkAttentionStep& args, int64_t slots) {
   const int64_t wanted = slots * (args.S + args.E) / ChunkAttentionStep::kLeastWork;
   return {slots, std::max<int64_t>(1, std::min(args.max_parts, wanted))};
@@ -171,7 +175,7 @@ void step(const ChunkAttentionStep& args) {
   using A = stat_t<T>;
   const int64_t items = args.B * args.H * args.max_parts;
   int64_t work = 0;
-  for (int64_t b = 0; b < args.B; ++b) work += args.position[b] % args.C + 1;
+  for (int64_t b = 0; b < args.B; ++b) work += filled(args, b);
   work *= args.H * (args.S + args.E);
   // Items per thread so that each thread has kLeastWork FMAs.
   const int64_t grain = work == 0 ? items : ceil_div(items * ChunkAttentionStep::kLeastWork, work);
@@ -180,11 +184,11 @@ void step(const ChunkAttentionStep& args) {
     for (int64_t item = first; item < last; ++item) {
       const int64_t bh = item / args.max_parts, p = item % args.max_parts;
       const int64_t b = bh / args.H, h = bh % args.H, m = args.position[b] % args.C;
-      const Parts parts = parts_of(args, m + 1);
+      const Parts parts = parts_of(args, filled(args, b));
       if (p >= parts.parts) continue;
       T* k = static_cast<T*>(args.k_cache) + (b * args.C * args.H + h) * args.S;
       T* v = static_cast<T*>(args.v_cache) + (b * args.C * args.H + h) * args.E;
-      if (p + 1 == parts.parts) {  // the last part alone reads slot m
+      if (parts.begin(p) <= m && m < parts.end(p)) {  // the part that reads slot m
         std::memcpy(k + m * args.H * args.S, static_cast<const T*>(args.k) + bh * args.S, args.S * sizeof(T));
         std::memcpy(v + m * args.H * args.E, static_cast<const T*>(args.v) + bh * args.E, args.E * sizeof(T));
       }
@@ -193,7 +197,7 @@ void step(const ChunkAttentionStep& args) {
     }
   });
   for (int64_t bh = 0; bh < args.B * args.H; ++bh) {
-    merge<T, A>(args, bh, parts_of(args, args.position[bh / args.H] % args.C + 1).parts);
+    merge<T, A>(args, bh, parts_of(args, filled(args, bh / args.H)).parts);
   }
 }
 
@@ -211,21 +215,21 @@ using namespace megalodon;
 extern "C" int megalodon_chunk_attention_step_forward_outputs(const DLTensor* q, const DLTensor* k, const DLTensor* v,
                                                               DLTensor* k_cache, DLTensor* v_cache,
                                                               const DLTensor* position, int64_t chunk_size,
-                                                              megalodon_spec* outputs) {
+                                                              int64_t sliding, megalodon_spec* outputs) {
   return guarded([&] {
     Checker c("chunk_attention_step");
-    check_chunk_attention_step(c, q, k, v, k_cache, v_cache, position, chunk_size, Outputs(outputs));
+    check_chunk_attention_step(c, q, k, v, k_cache, v_cache, position, chunk_size, sliding, Outputs(outputs));
   });
 }
 
 extern "C" int megalodon_chunk_attention_step_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
                                                       DLTensor* k_cache, DLTensor* v_cache, const DLTensor* position,
-                                                      int64_t chunk_size, DLTensor* o, DLTensor* workspace,
-                                                      void* stream) {
+                                                      int64_t chunk_size, int64_t sliding, DLTensor* o,
+                                                      DLTensor* workspace, void* stream) {
   return guarded([&] {
     Checker c("chunk_attention_step");
     const ChunkAttentionStep args =
-        check_chunk_attention_step(c, q, k, v, k_cache, v_cache, position, chunk_size, {o, workspace});
+        check_chunk_attention_step(c, q, k, v, k_cache, v_cache, position, chunk_size, sliding, {o, workspace});
     c.not_negative("position", args.position, args.B);
     run_on(c, args, cpu::chunk_attention_step_forward, cuda::chunk_attention_step_forward, stream);
   });

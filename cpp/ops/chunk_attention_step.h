@@ -2,7 +2,8 @@
 //
 // With the slot m = position[b] mod C: k_cache[b, m] = k[b], v_cache[b, m] = v[b], and over the slots j <= m
 //   o = sum_j softmax_j(q . k_cache[b, j]) v_cache[b, j].
-// Slots above m are not read. Inference only.
+// Slots above m are not read. Sliding: over all slots that have been written, which hold the last C tokens. Inference
+// only.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,11 @@ struct ChunkAttentionStep {
   void* workspace;          // [B, H, max_parts, E + 2] stat: per part of the slots the sum, the maximum, the output;
                             // on the GPU all outputs, then [B, H, max_parts] sums and maxima, none for one part
   int64_t B, H, S, E, C;
+  bool sliding;
   int64_t max_parts;
+
+  // The slots that are read after position % C = m has been written.
+  MEGALODON_HOST_DEVICE constexpr int64_t filled(int64_t p, int64_t m) const { return sliding && p >= C ? C : m + 1; }
 
   // FMAs that a part, or a thread, should have at least.
   static constexpr int64_t kLeastWork = 1 << 17;
@@ -52,7 +57,7 @@ struct ChunkAttentionStep {
 static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DLTensor* q_in, const DLTensor* k_in,
                                                             const DLTensor* v_in, const DLTensor* k_cache_in,
                                                             const DLTensor* v_cache_in, const DLTensor* position_in,
-                                                            int64_t chunk_size, Outputs&& out) {
+                                                            int64_t chunk_size, int64_t sliding, Outputs&& out) {
   const Tensor q = c.activation("q", q_in, {any("B"), any("H"), any("S")});
   const Dim B = q.dim(0, "B"), H = q.dim(1, "H"), S = q.dim(2, "S");
   const Tensor k = c.like("k", k_in, q);
@@ -75,6 +80,7 @@ static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DL
   args.S = S.size;
   args.E = E.size;
   args.C = C.size;
+  args.sliding = sliding != 0;
   args.divide(c.on_cuda());
   args.o = out.like(c, "o", v);
   args.workspace = out.workspace(c, args.workspace_bytes(c.on_cuda()));

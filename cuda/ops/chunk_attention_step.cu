@@ -56,7 +56,7 @@ struct Plan {
   int64_t tiles;      // blocks that share the columns of E
 };
 
-// The slot that is written, and the parts of those up to it.
+// The slot that is written, and the parts of those that are read.
 struct Slots {
   int64_t last;
   Parts parts;
@@ -64,8 +64,9 @@ struct Slots {
   DEVICE static Slots of(const ChunkAttentionStep& args, int64_t b) {
     int64_t m = args.position[b] % args.C;
     m = m < 0 ? m + args.C : m;
-    const int64_t wanted = m / ChunkAttentionStep::kLeastSlots + 1;
-    return {m, {m + 1, wanted < args.max_parts ? wanted : args.max_parts}};
+    const int64_t filled = args.filled(args.position[b], m);
+    const int64_t wanted = (filled - 1) / ChunkAttentionStep::kLeastSlots + 1;
+    return {m, {filled, wanted < args.max_parts ? wanted : args.max_parts}};
   }
 };
 

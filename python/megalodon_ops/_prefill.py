@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ def prefill(
 ) -> tuple[Tensor, MegalodonState]:
     """Read one prompt per row, and leave each row's state as if it had been read alone.
 
-    The rows are read together, `piece` tokens (padding included) in one call of the model; a row
-    whose prompt has ended takes no further part. Memory does not grow with the prompts' lengths.
+    The rows are read together, packed, at most `piece` tokens in one call of the model; a row whose
+    prompt has ended takes no further part. Memory does not grow with the prompts' lengths.
 
     Args:
         model: the model; its weights' device is where it runs.
@@ -85,12 +86,14 @@ def _read(
     while active:
         share = max(1, piece // len(active))
         parts = [readers[row].take(share) for row in active]
-        lengths = [len(part) for part in parts]
         if on_tokens is not None:
             for row, part in zip(active, parts, strict=True):
                 on_tokens(row, part)
-        tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
-        last = model(tokens, current, inplace_state=True, lengths=lengths, outputs="last")
+        bounds = None
+        if len(parts) > 1:
+            bounds = torch.tensor([0, *accumulate(map(len, parts))], device=device)
+        tokens = torch.cat(parts).unsqueeze(0).to(device)
+        last = model(tokens, current, inplace_state=True, cu_seqlens=bounds, outputs="last")
         at_end = [not readers[row].more() for row in active]
         if not any(at_end):
             continue

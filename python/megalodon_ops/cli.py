@@ -62,6 +62,15 @@ def train(
     tokenizer: Annotated[
         str | None, _training("A tokenizer.json or a SentencePiece model.", "bytes")
     ] = None,
+    pack: Annotated[
+        bool | None,
+        typer.Option(
+            "--pack/--no-pack",
+            help="Files are documents: none sees another. --no-pack: one text, end to end.",
+            show_default="--pack",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew where --out holds a run already.")
@@ -181,9 +190,10 @@ def _train(
     if resume:
         display.say(f"resuming after step {trainer.step}")
     outcome = trainer.run(stop_after)
+    full = f", rows {100 * outcome.fullness:.2f}% full" if options.pack else ""
     display.say(
         f"step {outcome.step} after {clock(outcome.seconds)}, {outcome.tokens_per_second:,.0f} "
-        f"tokens/s; saved {outcome.checkpoint}"
+        f"tokens/s{full}; saved {outcome.checkpoint}"
     )
     if not outcome.finished:
         display.say(f"continue with: megalodon train --out {out} --resume")

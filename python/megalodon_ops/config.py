@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-INIT_MODES = ("he", "bert", "gaussian", "xavier", "none")
-
 DEFAULT_ROPE_BASE = 10000.0
 
 _SIZES = (
@@ -27,10 +25,16 @@ _SIZES = (
     "norm_num_groups",
 )
 _FLAGS = ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt")
+INIT_MODES = ("he", "bert", "gaussian", "xavier", "none")
+_CHOICES = {
+    "init_mode": INIT_MODES,
+    "attention": ("chunk", "sliding"),
+    "attention_dropout_mode": ("key", "weight"),
+}
 _DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout")
 
 # How a model is trained, not what it computes: a state or a checkpoint outlives a change of these.
-NOT_IN_FINGERPRINT = (*_DROPOUTS, "init_mode", "layerwise_ckpt")
+NOT_IN_FINGERPRINT = (*_DROPOUTS, "attention_dropout_mode", "init_mode", "layerwise_ckpt")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class MegalodonConfig:
         num_heads: H; divides `z_dim` and `value_dim`, and `z_dim / H` is even (RoPE rotates pairs).
         ffn_hidden_dim: F.
         cema_ndim: N, complex moving averages per channel.
-        chunk_size: C, attention is causal inside blocks of C tokens and absent across them.
+        chunk_size: C, attention is causal inside blocks of C tokens and absent across them; or the
+            width of the sliding window.
         vocab_size: V, rows of the embedding.
         output_size: columns of the logits; None means `vocab_size`.
         norm_num_groups: G of TimestepNorm; divides `model_dim` into groups of two channels or more.
@@ -57,6 +62,10 @@ class MegalodonConfig:
         scale_emb: multiply embeddings by sqrt(D).
         share_emb: one matrix for the embedding and the output projection.
         dropout, hidden_dropout, attention_dropout: probabilities in [0, 1), active in training.
+        attention: "chunk", as released, or "sliding": each token attends to the last C, itself
+            included, and rotary positions are absolute.
+        attention_dropout_mode: what `attention_dropout` drops: "key", keys before the softmax
+            (DropKey, as the released code's fused attention), or "weight", weights after it.
         init_mode: initialisation of the linear weights: "he", "bert", "gaussian", "xavier", "none".
         layerwise_ckpt: recompute each layer in the backward pass instead of storing activations.
 
@@ -91,6 +100,8 @@ class MegalodonConfig:
     attention_dropout: float = 0.0
     init_mode: str = "he"
     layerwise_ckpt: bool = False
+    attention: str = "chunk"
+    attention_dropout_mode: str = "key"
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -109,12 +120,12 @@ class MegalodonConfig:
             raise ValueError(f"norm_eps: wanted a finite number > 0; got {self.norm_eps}")
         if self.rope_base is not None and not 0.0 < self._as_float("rope_base") < math.inf:
             raise ValueError(f"rope_base: wanted None or a finite number > 0; got {self.rope_base}")
-        if not isinstance(self.init_mode, str):
-            raise TypeError(f"init_mode: wanted a str; got {_shown(self.init_mode)}")
-        if self.init_mode not in INIT_MODES:
-            raise ValueError(
-                f"init_mode: wanted one of {', '.join(INIT_MODES)}; got {self.init_mode!r}"
-            )
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name}: wanted a str; got {_shown(value)}")
+            if value not in choices:
+                raise ValueError(f"{name}: wanted one of {', '.join(choices)}; got {value!r}")
         self._check_divisibility()
         # Not a field: made once, because traced code (torch.compile) cannot hash.
         object.__setattr__(self, "_fingerprint", self._hash())
@@ -166,6 +177,16 @@ class MegalodonConfig:
     def value_head_dim(self) -> int:
         """Value width of one head, `value_dim / num_heads`."""
         return self.value_dim // self.num_heads
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether attention is by a sliding window."""
+        return self.attention == "sliding"
+
+    @property
+    def rope_chunk(self) -> int:
+        """The tokens after which rotary positions begin anew: never, in a sliding window."""
+        return 2**62 if self.is_sliding else self.chunk_size
 
     @property
     def num_outputs(self) -> int:
@@ -239,6 +260,8 @@ class MegalodonConfig:
             del fields[name]
         fields["rope_base"] = self.rope_base_value
         fields["output_size"] = self.num_outputs
+        if self.attention == "chunk":  # as before there was another
+            del fields["attention"]
         text = "megalodon-config-1 " + json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -85,6 +85,7 @@ def block_step(
     chunk_size: int,
     rope_base: float = 10000.0,
     eps: float = 1e-5,
+    sliding: bool = False,
 ) -> Tensor:
     """One decoding step of a whole block, with its state updated in place.
 
@@ -111,6 +112,7 @@ def block_step(
         num_groups, num_heads, chunk_size: G, H, C.
         rope_base: of the rotary frequencies.
         eps: of every norm.
+        sliding: attend to the last C tokens, rotary positions being absolute, instead of the chunk.
 
     Returns:
         y (B, D) like x. For inference: not differentiable. It is meant for few rows: from about 16
@@ -155,6 +157,7 @@ def block_step(
         chunk_size,
         rope_base,
         eps,
+        sliding,
     )
     return y
 
@@ -414,6 +417,7 @@ def chunk_attention_step(
     v_cache: Tensor,
     position: Tensor,
     chunk_size: int,
+    sliding: bool = False,
 ) -> Tensor:
     """One step of :func:`chunk_attention` for decoding, with the caches updated in place.
 
@@ -423,11 +427,12 @@ def chunk_attention_step(
         k_cache, v_cache: (B, C, H, S), (B, C, H, E); k and v are written to slot position % C.
         position: (B) int64, steps before this one; rows may differ.
         chunk_size: C.
+        sliding: attend to the last C tokens instead of those of the chunk.
 
     Returns:
         o (B, H, E) like v. For inference: not differentiable.
     """
-    o: Tensor = _ops.chunk_attention_step(q, k, v, k_cache, v_cache, position, chunk_size)
+    o: Tensor = _ops.chunk_attention_step(q, k, v, k_cache, v_cache, position, chunk_size, sliding)
     return o
 
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from .nn.precision import activation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+IGNORE_INDEX = -100
 
 # Logits in one piece by default: 64 MB in float32.
 _PIECE_LOGITS = 1 << 24
@@ -22,7 +23,7 @@ def cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     *,

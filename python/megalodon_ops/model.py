@@ -15,8 +15,8 @@ from .decoding import Decoder
 from .functional import TimestepNormState
 from .nn import Block, TimestepNorm
 from .nn.init import Embedding, OutputLinear
+from .nn.packing import Packing
 from .nn.precision import KeepsPrecision, activation_dtype
-from .nn.ragged import Ragged
 from .state import LayerState, MegalodonState
 
 OUTPUTS = ("logits", "last", "hidden")
@@ -92,15 +92,18 @@ class Output(nn.Module):
         self,
         x: Tensor,
         state: TimestepNormState | None = None,
-        ragged: Ragged | None = None,
+        packing: Packing | None = None,
         outputs: str = "logits",
     ) -> tuple[Tensor, TimestepNormState]:
         """x (B, L, D) -> what `Megalodon.forward` returns for `outputs`, and the norm's state."""
-        normed, state = self.final_norm(x, state, None if ragged is None else ragged.padding)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        normed, state = self.final_norm(x, state, cu_seqlens=cu_seqlens)
+        if outputs == "last":
+            normed = _last(normed, packing)
+        elif packing is not None:
+            normed = packing.unpack(normed)
         if outputs == "hidden":
             return normed, state
-        if outputs == "last":
-            normed = _last(normed, ragged)
         logits = self.output(normed)
         return logits if logits.dtype == torch.float64 else logits.float(), state
 
@@ -150,6 +153,7 @@ class Megalodon(nn.Module):
         *,
         inplace_state: bool = False,
         lengths: Tensor | Sequence[int] | None = None,
+        cu_seqlens: Tensor | None = None,
         outputs: str = "logits",
     ) -> Tensor | tuple[Tensor, MegalodonState]:
         """Logits of the next token at every position.
@@ -166,25 +170,32 @@ class Megalodon(nn.Module):
             lengths: B integers in [0, L], the tokens of each row that count; None means L in
                 every row. What follows them is padding of any value: it changes no state, and
                 the outputs there mean nothing. Read on the host, so a device is waited for.
+            cu_seqlens: (segments + 1) int32 or int64, on the tokens' device: the tokens are one
+                packed row (1, T) of independent documents, document i being the tokens from
+                cu_seqlens[i] to before cu_seqlens[i + 1]; 0 first, T last. A state has a row per
+                document: a packed row leaves the state that the documents would have left as a
+                batch. Read on the host, too. Not together with lengths.
             outputs: "logits"; "last", the logits after each row's last token alone (NaN for a row
                 without a token); or "hidden", what `output.output` would multiply, for
                 `megalodon_ops.cross_entropy`.
 
         Returns:
-            logits (B, L, V), float32 (float64 for a float64 model), or (B, V) for "last", or
-            hidden (B, L, D) of the activations' dtype; and the new state if asked.
+            logits (B, L, V), float32 (float64 for a float64 model), or (B, V) for "last" (of a
+            packed row (segments, V)), or hidden (B, L, D) of the activations' dtype; and the new
+            state if asked.
             Differentiable in the parameters and in the floating tensors of the state.
 
         Raises:
             TypeError: tokens is not a tensor, or state not a MegalodonState.
             ValueError: tokens has the wrong dtype, rank or device; the state's batch, dtype, device
                 or config differ; inplace_state without a state, or while gradients are recorded;
-                lengths are no B integers in [0, L]; outputs is none of the three.
+                lengths are no B integers in [0, L]; cu_seqlens does not ascend from 0 to T, or is
+                given together with lengths; outputs is none of the three.
             IndexError: a token is out of range (tokens on the CPU, not while compiling).
         """
         if outputs not in OUTPUTS:
             raise ValueError(f"outputs: wanted one of {', '.join(OUTPUTS)}; got {outputs!r}")
-        tokens, ragged = self.check(tokens, state, inplace_state, lengths)
+        tokens, packing = self.check(tokens, state, inplace_state, lengths, cu_seqlens)
         make_state = return_state or inplace_state
         position = None if state is None else state.position
 
@@ -198,7 +209,7 @@ class Megalodon(nn.Module):
         layers: list[LayerState] = []
         for i, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[i]
-            arguments = (x, layer_state, position, make_state, inplace_state, ragged)
+            arguments = (x, layer_state, position, make_state, inplace_state, packing)
             if recompute:
                 x, new = checkpoint(
                     layer, *arguments, use_reentrant=False, preserve_rng_state=draws
@@ -209,10 +220,11 @@ class Megalodon(nn.Module):
                 layers.append(new)
 
         logits: Tensor
-        logits, norm = self.output(x, None if state is None else state.final_norm, ragged, outputs)
+        old_norm = None if state is None else state.final_norm
+        logits, norm = self.output(x, old_norm, packing, outputs)
         if not make_state:
             return logits
-        length = tokens.shape[1] if ragged is None else ragged.lengths
+        length = tokens.shape[1] if packing is None else packing.lengths
         if inplace_state and state is not None:
             for mine, value in zip(state.final_norm, norm, strict=True):
                 mine.copy_(value)
@@ -253,10 +265,12 @@ class Megalodon(nn.Module):
         state: MegalodonState | None,
         inplace_state: bool,
         lengths: Tensor | Sequence[int] | None,
-    ) -> tuple[Tensor, Ragged | None]:
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Packing | None]:
         """Validate the arguments of forward; reads token values only where that costs no sync.
 
-        Returns the tokens, with 0 for padding, and the lengths where a row is padded.
+        Returns the tokens, and where sequences differ in length, their packing: then the tokens are
+        one packed row.
         """
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens: wanted a torch.Tensor; got {type(tokens).__name__}")
@@ -269,15 +283,22 @@ class Megalodon(nn.Module):
             raise ValueError(
                 f"tokens: device: wanted the model's, {weight.device}; got {tokens.device}"
             )
-        ragged = None if lengths is None else Ragged.of(lengths, tokens)
-        if ragged is not None:
-            tokens = tokens.masked_fill(ragged.padding, 0)
+        packing = None
+        if cu_seqlens is not None:
+            if lengths is not None:
+                raise ValueError("lengths, cu_seqlens: wanted one of them; got both")
+            packing = Packing.of_bounds(cu_seqlens, tokens)
+        elif lengths is not None:
+            packing = Packing.of_lengths(lengths, tokens)
+        rows = tokens.shape[0] if packing is None else packing.segments
+        if packing is not None:
+            tokens = packing.pack(tokens)
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_range(tokens, self.config.vocab_size)
         if inplace_state and state is None:
             raise ValueError("inplace_state: wanted a state to write into; got state=None")
         if state is None:
-            return tokens, ragged
+            return tokens, packing
         if not isinstance(state, MegalodonState):
             raise TypeError(f"state: wanted a MegalodonState; got {type(state).__name__}")
         if inplace_state and torch.is_grad_enabled():
@@ -285,8 +306,8 @@ class Megalodon(nn.Module):
                 "inplace_state: wanted torch.no_grad() or torch.inference_mode(); "
                 "gradients are being recorded, and their backward needs the old state"
             )
-        state.check(self.config, tokens.shape[0], activation_dtype(weight), weight.device)
-        return tokens, ragged
+        state.check(self.config, rows, activation_dtype(weight), weight.device)
+        return tokens, packing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Megalodon:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -312,19 +333,20 @@ def _advanced(position: Tensor | None, length: Tensor | int, tokens: Tensor) -> 
     """The positions after `length` more tokens."""
     if position is not None:
         return position + length
-    return torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device) + length
+    if isinstance(length, Tensor):
+        return length
+    return torch.full((tokens.shape[0],), length, dtype=torch.int64, device=tokens.device)
 
 
-def _last(x: Tensor, ragged: Ragged | None) -> Tensor:
-    """The last step of each row (B, D); NaN for a row that has none."""
-    rows, length, width = x.shape
+def _last(x: Tensor, packing: Packing | None) -> Tensor:
+    """The last step of each sequence (B, D); NaN for one that has none."""
+    rows, length, width = x.shape if packing is None else (packing.segments, *x.shape[1:])
     if length == 0:
         return x.new_full((rows, width), math.nan)
-    if ragged is None:
+    if packing is None:
         return x[:, -1]
-    index = (ragged.lengths - 1).clamp(min=0)
-    last = x[torch.arange(rows, device=x.device), index]
-    return last.masked_fill((ragged.lengths == 0)[:, None], math.nan)
+    last, empty = packing.last()
+    return x[0, last].masked_fill(empty[:, None], math.nan)
 
 
 def _agree(a: Tensor | None, b: Tensor | None) -> bool:

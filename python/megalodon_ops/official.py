@@ -67,7 +67,7 @@ _AXES: dict[str, int | None] = {
 }
 
 # Fields of the released configuration that change how a model runs, not what it computes.
-_WITHOUT_EFFECT = ("efficient_attn", "custom_bwd", "loss_parallel")
+_WITHOUT_EFFECT = ("custom_bwd", "loss_parallel")
 
 _DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -200,7 +200,11 @@ def _read_fields(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         fields = values.get("model", values)
         if not isinstance(fields, dict):
             raise ValueError(f"{path}: model: wanted an object; got {type(fields).__name__}")
-        return path, {key: value for key, value in fields.items() if key not in _WITHOUT_EFFECT}
+        values = {key: value for key, value in fields.items() if key not in _WITHOUT_EFFECT}
+        # Which attention runs there decides what its dropout drops.
+        if values.pop("efficient_attn", "") is None and values.get("attention_dropout"):
+            values["attention_dropout_mode"] = "weight"
+        return path, values
     return None
 
 
@@ -358,8 +362,11 @@ def official_config(config: MegalodonConfig, num_shards: int) -> dict[str, Any]:
     fields = config.to_dict()
     if fields["output_size"] is None:
         fields["output_size"] = -1
+    if fields.pop("attention") != "chunk":
+        raise ValueError("the released code has no sliding attention: no official checkpoint")
+    drops_keys = fields.pop("attention_dropout_mode") == "key" and config.attention_dropout > 0
     return {
-        "model": {**fields, "efficient_attn": None},
+        "model": {**fields, "efficient_attn": "fused" if drops_keys else None},
         "tokenizer": {"path": None, "additional_vocab_size": 0, "data_tokenized": False},
         "model_parallel_size": num_shards,
         "chunk_parallel_size": 1,

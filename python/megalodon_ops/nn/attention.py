@@ -12,8 +12,8 @@ from ..state import LayerState
 from .cema import CEMA
 from .init import Linear
 from .norms import RMSNorm, TimestepNorm
+from .packing import Packing
 from .precision import KeepsPrecision, activation_dtype
-from .ragged import Ragged
 
 
 class MegaAttention(KeepsPrecision):
@@ -23,7 +23,7 @@ class MegaAttention(KeepsPrecision):
 
         t = TimestepNorm(x);  mx = RMSNorm(CEMA(t))
         q, k = rope(normalised Wz mx, times gamma + 1, plus beta);  v = silu(Wv t)
-        r = silu(Wr mx);  o = causal softmax attention inside chunks
+        r = silu(Wr mx);  o = causal softmax attention inside chunks, or in a sliding window
 
     Parameters besides the children's: gamma and beta (2, S), row 0 for q and row 1 for k, both
     initially 0.
@@ -34,9 +34,12 @@ class MegaAttention(KeepsPrecision):
         self.num_heads = config.num_heads
         self.value_head_dim = config.value_head_dim
         self.chunk_size = config.chunk_size
+        self.sliding = config.is_sliding
+        self.rope_chunk = config.rope_chunk
         self.rope_base = config.rope_base_value
         self.eps = config.norm_eps
         self.attention_dropout = config.attention_dropout
+        self.attention_dropout_mode = config.attention_dropout_mode
         dim, z_dim, value_dim = config.model_dim, config.z_dim, config.value_dim
         mode = config.init_mode
 
@@ -60,7 +63,7 @@ class MegaAttention(KeepsPrecision):
         position: Tensor | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
-        ragged: Ragged | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Run the sub-layer on x, after the tokens that `state` summarises.
 
@@ -70,18 +73,16 @@ class MegaAttention(KeepsPrecision):
             position: (B) int64, tokens consumed before x; given exactly where state is.
             return_state: whether to make the state after x.
             inplace_state: write it into `state`'s own tensors (no gradients).
-            ragged: the rows' lengths; None where all have L steps.
+            packing: the segments of a packed row x (1, T, D); state and position then have a row
+                per segment.
 
         Returns:
             (B, L, D) of x's dtype, and the new state, or None without `return_state`.
         """
         old_norm, old_h = (None, None) if state is None else (state.norm, state.h)
-        if ragged is None:
-            t, norm = self.timenorm(x.to(activation_dtype(x)), old_norm)
-            averaged, h = self.cema(t, old_h)
-        else:
-            t, norm = self.timenorm(x.to(activation_dtype(x)), old_norm, ragged.padding)
-            averaged, h = ragged.recur(self.cema, t, old_h)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        t, norm = self.timenorm(x.to(activation_dtype(x)), old_norm, cu_seqlens=cu_seqlens)
+        averaged, h = self.cema(t, old_h, cu_seqlens)
         mx = self.hidden_dropout(self.rmsnorm(averaged))
 
         q, k = F.qk_norm_rope(
@@ -89,14 +90,15 @@ class MegaAttention(KeepsPrecision):
             self.gamma,
             self.beta,
             self.num_heads,
-            self.chunk_size,
+            self.rope_chunk,
             self.rope_base,
             position,
             self.eps,
+            cu_seqlens,
         )
         v = F.silu_mul(self.wv(t))
         v = v.view(*v.shape[:2], self.num_heads, self.value_head_dim)
-        o, caches = self._attend(q, k, v, state, position, return_state, inplace_state, ragged)
+        o, caches = self._attend(q, k, v, state, position, return_state, inplace_state, packing)
 
         gated = self.hidden_dropout(F.silu_mul(self.wr(mx), o.flatten(-2)))
         out = x + self.dropout(self.wh1(mx) + self.wh2(gated))
@@ -117,34 +119,36 @@ class MegaAttention(KeepsPrecision):
         position: Tensor | None,
         return_state: bool,
         inplace_state: bool,
-        ragged: Ragged | None,
+        packing: Packing | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Attention and, where a state is wanted, the caches after it."""
         dropout_p = self.attention_dropout if self.training else 0.0
         seed = _draw_seed() if dropout_p > 0.0 else 0
+        cu_seqlens = None if packing is None else packing.cu_seqlens
         if state is None or position is None:
-            o = F.chunk_attention(q, k, v, self.chunk_size, dropout_p, seed)
+            o = F.chunk_attention(q, k, v, self.chunk_size, dropout_p, seed, cu_seqlens=cu_seqlens)
             if not return_state:
                 return o, None
-            rows = q.shape[0]
+            rows = q.shape[0] if packing is None else packing.segments
             k_cache = k.new_zeros(rows, self.chunk_size, *k.shape[2:])
             v_cache = v.new_zeros(rows, self.chunk_size, *v.shape[2:])
             start = torch.zeros(rows, dtype=torch.int64, device=q.device)
-            return o, self._write(k_cache, v_cache, k, v, start, False, ragged)
+            return o, self._write(k_cache, v_cache, k, v, start, False, packing)
 
         k_cache, v_cache = state.k_cache, state.v_cache
-        is_step = q.shape[1] == 1 and ragged is None and return_state and dropout_p == 0.0
+        is_step = q.shape[1] == 1 and packing is None and return_state and dropout_p == 0.0
         if is_step and not _tracked(q, k, v, state):
             if not inplace_state:
                 k_cache, v_cache = k_cache.clone(), v_cache.clone()
             o = F.chunk_attention_step(
-                q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, position, self.chunk_size
+                q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, position, self.chunk_size, self.sliding
             )
             return o.unsqueeze(1), (k_cache, v_cache)
-        o = F.chunk_attention(q, k, v, self.chunk_size, dropout_p, seed, k_cache, v_cache, position)
+        before = k_cache, v_cache, position
+        o = F.chunk_attention(q, k, v, self.chunk_size, dropout_p, seed, *before, cu_seqlens)
         if not return_state:
             return o, None
-        return o, self._write(k_cache, v_cache, k, v, position, inplace_state, ragged)
+        return o, self._write(k_cache, v_cache, k, v, position, inplace_state, packing)
 
     def _write(
         self,
@@ -154,23 +158,20 @@ class MegaAttention(KeepsPrecision):
         v: Tensor,
         position: Tensor,
         inplace: bool,
-        ragged: Ragged | None,
+        packing: Packing | None,
     ) -> tuple[Tensor, Tensor]:
-        """Put a row's last min(L, C) keys and values into slots (position + t) % C."""
+        """Put a sequence's last C keys and values, at most, into slots (position + t) % C."""
         length, chunk = k.shape[1], self.chunk_size
-        kept = min(length, chunk)  # more would write a slot twice
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        if ragged is None:
+        if packing is None:
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            kept = min(length, chunk)  # more would write a slot twice
             steps = torch.arange(length - kept, length, device=k.device)
             slots = (position[:, None] + steps) % chunk
             k_tail, v_tail = k[:, length - kept :], v[:, length - kept :]
         else:
-            steps = ragged.lengths[:, None] + torch.arange(-kept, 0, device=k.device)
-            slots = (position[:, None] + steps) % chunk
-            # A row shorter than `kept` writes back what its other slots hold.
-            real, read = (steps >= 0)[..., None, None], steps.clamp(min=0)
-            k_tail = torch.where(real, k[rows, read], k_cache[rows, slots])
-            v_tail = torch.where(real, v[rows, read], v_cache[rows, slots])
+            tokens, rows, steps = packing.tails(chunk)
+            slots = (position[rows] + steps) % chunk
+            k_tail, v_tail = k[0, tokens], v[0, tokens]
         if inplace:
             return (
                 k_cache.index_put_((rows, slots), k_tail),

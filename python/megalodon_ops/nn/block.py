@@ -15,8 +15,8 @@ from .cema import CEMA
 from .ffn import FFN
 from .init import Linear
 from .norms import LayerNorm, RMSNorm, TimestepNorm
+from .packing import Packing
 from .precision import activation_dtype
-from .ragged import Ragged
 
 # Rows from which a decoding step is faster op by op, with its linear layers as GEMMs of all rows.
 _MANY_ROWS = 16
@@ -44,13 +44,13 @@ class Block(nn.Module):
         position: Tensor | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
-        ragged: Ragged | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Arguments and results are those of `MegaAttention.forward`."""
-        in_place = inplace_state and ragged is None
+        in_place = inplace_state and packing is None
         if in_place and state is not None and position is not None and self.is_step(x):
             return self._step(x, state, position), state
-        y, new_state = self.mega(x, state, position, return_state, inplace_state, ragged)
+        y, new_state = self.mega(x, state, position, return_state, inplace_state, packing)
         return self.nffn(y, residual=x), new_state
 
     def is_step(self, x: Tensor) -> bool:
@@ -95,6 +95,7 @@ class Block(nn.Module):
             *(nffn.fc1.weight, nffn.fc2.weight),
             *(None if nffn.fc3 is None else nffn.fc3.weight, nffn.alpha),
             *(mega.timenorm.num_groups, mega.num_heads, mega.chunk_size, mega.rope_base, mega.eps),
+            mega.sliding,
         )
 
 

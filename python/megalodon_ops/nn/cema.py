@@ -42,14 +42,19 @@ class CEMA(KeepsPrecision):
         nn.init.zeros_(self.gamma[..., 1])
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Average x (B, L, D) after the state h (B, D, N, 2); None is zero.
+
+        With cu_seqlens, x is a packed row (1, T, D) and h has a row per segment.
 
         Returns:
             y of x's shape and dtype, and the state after the last step (float32, or float64 for a
             float64 x). Differentiable in x, every parameter and the state.
         """
-        return F.cema(x, self.alpha, self.delta, self.theta, self.gamma, self.omega, state)
+        parameters = self.alpha, self.delta, self.theta, self.gamma, self.omega
+        return F.cema(x, *parameters, state, cu_seqlens=cu_seqlens)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, ndim={self.ndim}"

@@ -64,7 +64,11 @@ class TimestepNorm(KeepsPrecision):
             self.register_buffer("prior_logv", torch.zeros(num_groups))
 
     def forward(
-        self, x: Tensor, state: TimestepNormState | None = None, padding_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: TimestepNormState | None = None,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, TimestepNormState]:
         """Normalise x (B, L, D) after the steps summarised by `state`.
 
@@ -72,6 +76,8 @@ class TimestepNorm(KeepsPrecision):
             x: (B, L, D), any floating dtype.
             state: count (B) int64, mean and var (B, G); None is the prior.
             padding_mask: (B, L) bool, True = padded: the output is 0 and the state stands still.
+            cu_seqlens: bounds of the segments of a packed row x (1, T, D); the state then has a row
+                per segment.
 
         Returns:
             y of x's shape and dtype, and the state after the last step.
@@ -79,15 +85,14 @@ class TimestepNorm(KeepsPrecision):
         Differentiable in x, weight, bias, the prior and the state's mean and var.
         """
         if state is None and self.initial_count > 0:
-            rows = x.shape[0]
+            rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             state = TimestepNormState(
                 self.prior_count.expand(rows).contiguous(),
                 self.prior_mean.expand(rows, -1).contiguous(),
                 self.prior_logv.exp().expand(rows, -1).contiguous(),
             )
-        return F.timestep_norm(
-            x, self.weight, self.bias, self.num_groups, self.eps, state, padding_mask
-        )
+        scale = self.weight, self.bias, self.num_groups, self.eps
+        return F.timestep_norm(x, *scale, state, padding_mask, cu_seqlens=cu_seqlens)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}prior_count"

@@ -70,6 +70,8 @@ def sample_arguments(
 def _samples(make: Maker) -> Iterator[Sample]:
     yield Sample("one row", sample_arguments(make, 12, 3, 1, 8, 20, 5, 18, 4, (3,)))
     yield Sample("rows", sample_arguments(make, 40, 4, 2, 6, 7, 70, 33, 10, (0, 69, 141)))
+    window = sample_arguments(make, 12, 3, 1, 8, 20, 5, 18, 4, (3, 4, 5, 12))
+    yield Sample("sliding", (*window, True))
     plain = sample_arguments(make, 12, 3, 2, 4, 6, 5, 10, 3, (7, 2), optional=False)
     yield Sample("without the optional", plain)
 
@@ -87,7 +89,8 @@ def _cost(
 ) -> Cost:
     """With the slots that are filled; the weights count once, their products once per row."""
     rows, chunk, heads = k_cache.shape[:3]
-    slots = int((position % chunk + 1).sum())
+    sliding = parameters[-1] is True
+    slots = int(((position + 1).clamp(max=chunk) if sliding else position % chunk + 1).sum())
     cached = slots * heads * (k_cache.shape[3] + v_cache.shape[3])
     tensors = [p for p in parameters if hasattr(p, "element_size")]
     weights = sum(p.numel() for p in tensors if p.dim() == 2 and p.dtype == x.dtype)
@@ -116,7 +119,8 @@ OP = registry.add(
             " Tensor wh2_weight, Tensor gamma, Tensor beta, Tensor? norm_weight,"
             " Tensor? norm_bias, Tensor fc1_weight, Tensor fc2_weight, Tensor? fc3_weight,"
             " Tensor? ffn_alpha, SymInt num_groups, SymInt num_heads, SymInt chunk_size,"
-            " float rope_base=10000.0, float eps=1e-05) -> Tensor y"
+            " float rope_base=10000.0, float eps=1e-05,"
+            " bool sliding=False) -> Tensor y"
         ),
         fake=_fake,
         samples=_samples,

@@ -20,6 +20,7 @@ def _fake(
     v_cache: Tensor,
     position: Tensor,
     chunk_size: int,
+    sliding: bool = False,
 ) -> Tensor:
     return like(v)
 
@@ -39,6 +40,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
 
     yield Sample("one row", sample(1, 8, 20, 5, 3))
     yield Sample("rows", sample(2, 6, 3, 70, 0, 69, 141))
+    yield Sample("sliding", (*sample(2, 6, 3, 70, 0, 69, 141), True))
 
 
 def _cost(
@@ -49,10 +51,12 @@ def _cost(
     v_cache: Tensor,
     position: Tensor,
     chunk_size: int,
+    sliding: bool = False,
 ) -> Cost:
     """With the slots that are filled."""
     _, H, S = q.shape
-    elements = int((position % chunk_size + 1).sum()) * H * (S + v.shape[2])
+    slots = (position + 1).clamp(max=chunk_size) if sliding else position % chunk_size + 1
+    elements = int(slots.sum()) * H * (S + v.shape[2])
     return Cost(bytes=elements * q.element_size(), flops=2 * elements)
 
 
@@ -63,10 +67,11 @@ OP = registry.add(
         equation=(
             "k_cache[m] = k, v_cache[m] = v,"
             " o = sum_(j <= m) softmax_j(q . k_cache[j]) v_cache[j], m = position mod C"
+            " (sliding: over all slots written)"
         ),
         schema=(
             "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-            " Tensor position, SymInt chunk_size) -> Tensor o"
+            " Tensor position, SymInt chunk_size, bool sliding=False) -> Tensor o"
         ),
         fake=_fake,
         samples=_samples,

@@ -54,6 +54,7 @@ def block_step(
     chunk_size: int,
     rope_base: float = 10000.0,
     eps: float = 1e-5,
+    sliding: bool = False,
 ) -> Tensor:
     """One token per row through `MegaAttention` and `FFN`.
 
@@ -73,11 +74,12 @@ def block_step(
     averaged, state = cema(t, cema_alpha, cema_delta, cema_theta, cema_gamma, cema_omega, h)
     mx, _ = rms_norm(averaged, rmsnorm_weight, eps)
     z = linear(mx, wz_weight, wz_bias)
-    q, k, _ = qk_norm_rope(z, gamma, beta, num_heads, chunk_size, rope_base, position, eps)
+    turn = 2**62 if sliding else chunk_size  # of a window, the position is the absolute one
+    q, k, _ = qk_norm_rope(z, gamma, beta, num_heads, turn, rope_base, position, eps)
     v = silu_mul(linear(t, wv_weight, wv_bias))[:, 0]
     heads = v.shape[0], num_heads, v_cache.shape[3]
     o = chunk_attention_step(
-        q[:, 0], k[:, 0], v.reshape(heads), k_cache, v_cache, position, chunk_size
+        q[:, 0], k[:, 0], v.reshape(heads), k_cache, v_cache, position, chunk_size, sliding
     )
     for old, new in zip((count, mean, var, h), (*norm_state, state), strict=True):
         old.copy_(new)

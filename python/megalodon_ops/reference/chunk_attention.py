@@ -69,10 +69,16 @@ def chunk_attention(
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     position: Tensor | None = None,
+    sliding: bool = False,
+    dropout_mode: str = "key",
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention among the tokens of each chunk, nothing across chunks.
 
         o_i = sum_j softmax_j(q_i . k_j) v_j,   j <= i in the chunk of i, not dropped
+
+    Sliding, j is any of the C tokens i - C + 1 .. i instead, and the caches hold the last C tokens
+    before, position p in slot p mod C. dropout_mode "key" drops keys before the softmax, "weight"
+    weights after it, of which the others are divided by 1 - dropout_p.
 
     Token t of row b stands at position[b] + t; chunk c holds the positions c C .. c C + C - 1 with
     C = chunk_size. The m = position[b] mod C tokens of the running chunk that came before are
@@ -85,14 +91,15 @@ def chunk_attention(
     (1, T, H, S or E), every segment is run alone (its number is b for DropKey), and the caches and
     position have a row per segment. Differentiable in q, k, v, k_cache, v_cache; o only, not lse.
     """
+    options = chunk_size, dropout_p, seed, sliding, dropout_mode
     if cu_seqlens is not None:
 
         def alone(i: int, t: slice) -> tuple[Tensor, Tensor]:
             state = row(k_cache, i), row(v_cache, i), row(position, i)
-            return _attend(q[:, t], k[:, t], v[:, t], chunk_size, dropout_p, seed, *state, i)
+            return _attend(q[:, t], k[:, t], v[:, t], *options, *state, i)
 
         return per_segment(alone, cu_seqlens, dims=(1, 2))
-    return _attend(q, k, v, chunk_size, dropout_p, seed, k_cache, v_cache, position, 0)
+    return _attend(q, k, v, *options, k_cache, v_cache, position, 0)
 
 
 def _attend(
@@ -102,6 +109,8 @@ def _attend(
     chunk_size: int,
     dropout_p: float,
     seed: int,
+    sliding: bool,
+    dropout_mode: str,
     k_cache: Tensor | None,
     v_cache: Tensor | None,
     position: Tensor | None,
@@ -116,20 +125,27 @@ def _attend(
     i = j = position[:, None] + torch.arange(L, device=q.device)
     if k_cache is not None and v_cache is not None:
         slot = torch.arange(C, device=q.device)
-        filled = slot < position[:, None] % C
+        # The position that a slot holds; where that is no key of a token here, -1.
+        before = position[:, None] - 1
+        cached = before - (before - slot) % C if sliding else position[:, None] // C * C + slot
+        filled = (cached >= 0) & (cached < position[:, None])
         unread = ~filled[..., None, None]
         k = torch.cat((k_cache.masked_fill(unread, 0), k), 1)
         v = torch.cat((v_cache.masked_fill(unread, 0), v), 1)
-        # An unread slot stands at -1, which is in no query's chunk.
-        cached = torch.where(filled, position[:, None] // C * C + slot, -1)
-        j = torch.cat((cached, i), 1)
+        j = torch.cat((torch.where(filled, cached, -1), i), 1)
 
     query, key = i[:, None, :, None], j[:, None, None, :]
-    hidden = (key > query) | (key.div(C, rounding_mode="floor") != query // C)
+    in_chunk = key > query - C if sliding else key.div(C, rounding_mode="floor") == query // C
+    hidden = (key < 0) | (key > query) | ~in_chunk
+    kept = torch.ones_like(hidden)
     if dropout_p > 0:
-        hidden = hidden | dropkey_mask(seed, dropout_p, H, i, j, first_row)
+        kept = ~dropkey_mask(seed, dropout_p, H, i, j, first_row)
+    if dropout_mode == "key":
+        hidden = hidden | ~kept
 
     scores = torch.einsum("bihs,bjhs->bhij", q.to(stat), k.to(stat)).masked_fill(hidden, -math.inf)
-    weights = scores.softmax(-1).masked_fill(hidden, 0)
+    weights = scores.softmax(-1).masked_fill(hidden | ~kept, 0)
+    if dropout_mode == "weight":
+        weights = weights / (1 - dropout_p)
     o = torch.einsum("bhij,bjhe->bihe", weights, v.to(stat))
     return o.to(q.dtype), scores.detach().logsumexp(-1)

@@ -17,6 +17,7 @@ def chunk_attention_step(
     v_cache: Tensor,
     position: Tensor,
     chunk_size: int,
+    sliding: bool = False,
 ) -> Tensor:
     """Put one token per row into its running chunk's caches and let it attend to what they hold.
 
@@ -24,7 +25,8 @@ def chunk_attention_step(
         o = sum_{j <= m} softmax_j(q . k_cache[j]) v_cache[j]
 
     Shapes: q, k (B, H, S); v (B, H, E); k_cache (B, C, H, S), v_cache (B, C, H, E), changed in
-    place; position (B) int64 and C = chunk_size. Slots above m are not read. Returns o (B, H, E) in
+    place; position (B) int64 and C = chunk_size. Slots above m are not read; sliding, all that have
+    been written are, which is every slot from position C - 1 on. Returns o (B, H, E) in
     q's dtype. Not differentiable.
     """
     stat = stat_dtype(q)
@@ -32,7 +34,8 @@ def chunk_attention_step(
     k_cache[row, m] = k
     v_cache[row, m] = v
 
-    unread = torch.arange(chunk_size, device=q.device) > m[:, None]
+    last = position.clamp(max=chunk_size - 1) if sliding else m
+    unread = torch.arange(chunk_size, device=q.device) > last[:, None]
     values = v_cache.to(stat).masked_fill(unread[..., None, None], 0)
     scores = torch.einsum("bhs,bjhs->bhj", q.to(stat), k_cache.to(stat))
     weights = scores.masked_fill(unread[:, None], -math.inf).softmax(-1)

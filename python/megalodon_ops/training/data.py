@@ -1,4 +1,6 @@
-"""A corpus of bytes: one file, or every file of a folder end to end, read in constant memory."""
+"""A corpus of bytes: one file, or every file of a folder, a document each, read in constant memory;
+windows of it, packed.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,15 @@ import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from megalodon_ops._atomic import replacing
+from megalodon_ops.loss import IGNORE_INDEX
 from megalodon_ops.tokenizer import Tokenizer
 from megalodon_ops.training.errors import CommandError
 
@@ -150,16 +154,26 @@ def split_point(corpus: Corpus, held_out_percent: float) -> int:
 class TokenFile:
     """The tokens of a part of a corpus, in a file that is mapped into memory.
 
-    It is made anew by every session of a run: it holds nothing that corpus and tokenizer do not.
+    Every document is encoded alone; `starts` is that of `Corpus`, in tokens. The file is made anew
+    by every session of a run: it holds nothing that corpus and tokenizer do not.
     """
 
     unit = "tokens"
 
     def __init__(self, path: Path, corpus: Corpus, stop: int, tokenizer: Tokenizer) -> None:
         self.name = corpus.name
+        starts = [0]
         with replacing(path) as temporary, temporary.open("wb") as file:
-            for tokens in tokenizer.stream(corpus.pieces(0, stop, FINGERPRINT_HEAD)):
-                np.asarray(tokens, np.uint32).tofile(file)
+            for begin, end in pairwise(corpus.starts):
+                if begin >= stop:
+                    break
+                count = starts[-1]
+                pieces = corpus.pieces(begin, min(end, stop), FINGERPRINT_HEAD)
+                for tokens in tokenizer.stream(pieces):
+                    np.asarray(tokens, np.uint32).tofile(file)
+                    count += len(tokens)
+                starts.append(count)
+        self.starts = tuple(starts)
         size = path.stat().st_size // 4
         self._tokens = np.memmap(path, np.uint32, "r") if size else np.zeros(0, np.uint32)
 
@@ -172,15 +186,37 @@ class TokenFile:
         return self._tokens[start : start + length]
 
 
+class Batch(NamedTuple):
+    """What one step of training reads.
+
+    tokens, targets: int64 of one shape, targets one token later and IGNORE_INDEX where a document
+    ends. cu_seqlens: the bounds of the documents in tokens (1, T), or None where tokens (B, L) are
+    rows of one document each.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+
+
 class Windows:
     """Random windows of `length + 1` tokens from the first `stop` tokens of a corpus.
 
     Step `i` draws from the counter-based generator Philox with the key (seed, i), so a batch
     depends on nothing but the seed and the step: a resumed run sees the text it would have seen.
+
+    With `pack`, the documents in a window are packed: none sees another, and the last token of one
+    has no target. Without, a window is read as one text.
     """
 
     def __init__(
-        self, corpus: Corpus | TokenFile, stop: int, length: int, batch_size: int, seed: int
+        self,
+        corpus: Corpus | TokenFile,
+        stop: int,
+        length: int,
+        batch_size: int,
+        seed: int,
+        pack: bool = True,
     ) -> None:
         if stop < length + 1:
             raise CommandError(
@@ -190,12 +226,31 @@ class Windows:
             )
         self._corpus, self._length, self._batch_size, self._seed = corpus, length, batch_size, seed
         self._choices = stop - length
+        self._starts = np.unique(np.array(corpus.starts if pack else (0,), np.int64))
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens, targets: (batch_size, length) int64 each, targets one token later."""
+    def batch(self, step: int) -> Batch:
+        """The windows of a step: tokens (batch_size, length), or packed (1, batch_size * length).
+
+        They are packed where a document begins inside a window.
+        """
         # Raw 64-bit draws: NumPy keeps them the same for ever, which it does not promise of
         # Generator.integers. The bias of the remainder is below size / 2^64.
         draws = np.random.Philox(key=[self._seed, step]).random_raw(self._batch_size)
-        rows = [self._corpus.window(int(draw) % self._choices, self._length + 1) for draw in draws]
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        begins = [int(draw) % self._choices for draw in draws]
+        rows = [self._corpus.window(begin, self._length + 1) for begin in begins]
+        both = torch.from_numpy(np.stack(rows).astype(np.int64))
+        tokens, targets = both[:, :-1].clone(), both[:, 1:].clone()  # one row would share memory
+        bounds = []
+        for row, begin in enumerate(begins):
+            inside = self._starts_between(begin + 1, begin + self._length) - begin
+            targets[row, inside - 1] = IGNORE_INDEX
+            bounds += [row * self._length + at for at in (0, *inside) if at < self._length]
+        if len(bounds) == self._batch_size:
+            return Batch(tokens, targets)
+        ends = torch.tensor([*bounds, tokens.numel()], dtype=torch.int64)
+        return Batch(tokens.view(1, -1), targets.view(1, -1), ends)
+
+    def _starts_between(self, first: int, last: int) -> np.ndarray:
+        """Where documents begin, from `first` to `last`."""
+        low, high = np.searchsorted(self._starts, [first, last + 1])
+        return self._starts[low:high]

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from megalodon_ops.config import MegalodonConfig
-from megalodon_ops.loss import cross_entropy
+from megalodon_ops.loss import IGNORE_INDEX, cross_entropy
 from megalodon_ops.model import Megalodon
 from megalodon_ops.tokenizer import BYTES, Tokenizer
 from megalodon_ops.training import checkpoint as checkpoints
 from megalodon_ops.training.checkpoint import Checkpoint
-from megalodon_ops.training.data import Corpus, TokenFile, Windows, split_point
+from megalodon_ops.training.data import Batch, Corpus, TokenFile, Windows, split_point
 from megalodon_ops.training.display import Display
 from megalodon_ops.training.errors import CommandError
 from megalodon_ops.training.evaluation import DEFAULT_PIECE, bits_per_byte
@@ -73,11 +73,16 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a session of a run ended. signal: the one that stopped it, or None."""
+    """How a session of a run ended.
+
+    fullness: the part of its tokens that had a target, which the last of a document has not.
+    signal: the one that stopped it, or None.
+    """
 
     step: int
     seconds: float
     tokens_per_second: float
+    fullness: float
     finished: bool
     signal: int | None
     checkpoint: Path
@@ -104,15 +109,16 @@ def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim
 def training_step(
     model: Megalodon,
     optimizer: torch.optim.Optimizer,
-    batch: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
     dtype: str,
     clip: float,
 ) -> tuple[float, float]:
     """One step; returns (bits per token, gradient norm). No update if either is not finite."""
-    tokens, targets = batch
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden = model(tokens, outputs="hidden")
-        loss = cross_entropy(hidden, model.output.output.weight, targets)
+        hidden = model(batch.tokens, cu_seqlens=batch.cu_seqlens, outputs="hidden")
+        weight = model.output.output.weight
+        total = cross_entropy(hidden, weight, batch.targets, reduction="sum")
+        loss = total / max(1, int((batch.targets != IGNORE_INDEX).sum()))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
@@ -122,9 +128,7 @@ def training_step(
     return bits, norm
 
 
-def probe_dtypes(
-    model: Megalodon, options: TrainOptions, batch: tuple[torch.Tensor, torch.Tensor]
-) -> dict[str, float]:
+def probe_dtypes(model: Megalodon, options: TrainOptions, batch: Batch) -> dict[str, float]:
     """Seconds of one training step in each dtype on this machine: the best of two after a warm-up,
     taken in turn. Works on a copy and puts torch's generator back: the run is not changed."""
     seconds = {"float32": math.inf, "bfloat16": math.inf}
@@ -161,6 +165,7 @@ class Trainer:
     ) -> None:
         self.out, self.display, self.config = out, display, config
         self.step, self.seconds, self.trained_seconds = 0, 0.0, 0.0
+        self._read = self._targets = 0  # tokens of this session, and those with a target
         self._corpus, self._fingerprint = corpus, corpus.fingerprint()
         if resume is not None and resume.settings.get("corpus") != self._fingerprint:
             raise CommandError(
@@ -195,7 +200,8 @@ class Trainer:
                 f"{stop:,} tokens of {self._tokenizer.vocab_size:,} kinds, "
                 f"{1 / max(self._tokens_per_byte, 1e-9):.2f} bytes each"
             )
-        return Windows(source, stop, options.seq_len, options.batch_size, options.seed)
+        sizes = options.seq_len, options.batch_size
+        return Windows(source, stop, *sizes, options.seed, options.pack)
 
     @property
     def parameter_count(self) -> int:
@@ -304,6 +310,7 @@ class Trainer:
             self.step,
             self.seconds,
             tokens / max(self.trained_seconds, 1e-9),
+            self._targets / max(self._read, 1),
             self.progress() >= 1,
             interrupt.signal,
             path,
@@ -319,12 +326,9 @@ class Trainer:
             rate = options.learning_rate(self.step, self.progress())
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+            batch = self._windows.batch(self.step)
             bits, norm = training_step(
-                self.model,
-                self.optimizer,
-                self._windows.batch(self.step),
-                options.dtype,
-                options.clip,
+                self.model, self.optimizer, batch, options.dtype, options.clip
             )
             if not (math.isfinite(bits) and math.isfinite(norm)):
                 raise CommandError(
@@ -333,6 +337,8 @@ class Trainer:
                 )
             bits *= self._tokens_per_byte
             self.step += 1
+            targets = int((batch.targets != IGNORE_INDEX).sum())
+            self._read, self._targets = self._read + tokens_per_step, self._targets + targets
             step_seconds = time.perf_counter() - step_begin
             self.trained_seconds += step_seconds
             self.seconds = time.perf_counter() - begin
@@ -346,6 +352,7 @@ class Trainer:
                 bits_per_byte=bits,
                 lr=rate,
                 gradient_norm=norm,
+                fullness=targets / tokens_per_step,
                 tokens_per_second=tokens_per_step / step_seconds,
                 seconds=self.seconds,
             )

@@ -49,12 +49,13 @@ class TrainOptions:
     """One training run. Exactly one of `steps` and `minutes` is set (default: 3 minutes).
 
     data: a file, a folder, or None for the Python standard library. tokenizer: a file, or None for
-    bytes. held_out: percent of the bytes.
+    bytes. pack: files are documents of their own. held_out: percent of the bytes.
     final_lr: the learning rate at the end, as a part of `lr`. threads: 0 leaves torch's choice.
     """
 
     data: str | None = None
     tokenizer: str | None = None
+    pack: bool = True
     seq_len: int = 2048
     batch_size: int = 1
     steps: int | None = None
@@ -131,7 +132,8 @@ def build_config(
 def read_options(values: Mapping[str, Any]) -> TrainOptions:
     """The options saved in a checkpoint."""
     try:
-        return TrainOptions(**values)
+        # Runs from before there was packing have no such setting and go on as they began.
+        return TrainOptions(**{"pack": False, **values})
     except TypeError as error:
         raise CommandError(f"the checkpoint's training settings cannot be read: {error}") from error
 
