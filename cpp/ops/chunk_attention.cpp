@@ -36,10 +36,11 @@ A* numbers_after_items(const ChunkAttention& args, void* workspace) {
 template <class T>
 void forward(const ChunkAttentionForward& args) {
   using A = stat_t<T>;
-  const Items items(args, args.workspace, [&](const Chunk& chunk, auto&& add) { for_query_tiles(args, chunk, add); });
+  const Items items(args, chunk_of_queries, args.workspace,
+                    [&](const Chunk& chunk, auto&& add) { for_query_tiles(args, chunk, add); });
   A* scratch = numbers_after_items<A>(args, args.workspace);
   parallel_for(args.slots, 1, [&](int64_t begin, int64_t end) {
-    items.for_each(begin, end, [&](const Chunk& chunk, int64_t tile) {
+    items.for_each(begin, end, [&](const Chunk& chunk, int64_t, int64_t tile) {
       ForwardTile<T>(args, chunk, tile, scratch + begin * args.scratch).run();
     });
   });
@@ -74,12 +75,15 @@ void add_groups(const ChunkAttentionBackward& args, const stat_t<T>* partial) {
   parallel_for(sequences.tokens(), grain_of_rows(n), [&](int64_t begin, int64_t end) {
     int64_t sequence = sequences.of_token(begin);
     for (int64_t t = begin; t < end; ++t) {
-      while (t >= sequences.end(sequence)) ++sequence;
-      const int64_t m = args.position == nullptr ? 0 : args.position[sequence] % args.C;
-      const Chunk chunk = chunk_of(args, sequence, (m + t - sequences.begin(sequence)) / args.C, 0);
-      const int64_t tile = (t - chunk.token - chunk.first) / args.queries;
-      const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.queries) - 1;
-      const int64_t groups = std::min(args.groups, last / args.keys + 1);
+      int64_t groups = args.partials();  // sliding, those that do not reach it are 0
+      if (!args.sliding) {
+        while (t >= sequences.end(sequence)) ++sequence;
+        const int64_t m = args.position == nullptr ? 0 : args.position[sequence] % args.C;
+        const Chunk chunk = chunk_of(args, sequence, (m + t - sequences.begin(sequence)) / args.C, 0);
+        const int64_t tile = (t - chunk.token - chunk.first) / args.queries;
+        const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.queries) - 1;
+        groups = std::min(args.groups, last / args.keys + 1);
+      }
       for (int64_t i = 0; i < n; i += kLanes<A>) {
         Vec<A> sum = load(partial + t * n + i, n - i);
         for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + t * n + i, n - i);
@@ -97,14 +101,20 @@ void backward(const ChunkAttentionBackward& args) {
     std::memset(args.dk_cache, 0, args.sequences.count * args.C * args.H * args.S * sizeof(T));
     std::memset(args.dv_cache, 0, args.sequences.count * args.C * args.H * args.E * sizeof(T));
   }
-  const Items items(args, args.workspace, [&](const Chunk& chunk, auto&& add) { for_groups(args, chunk, add); });
+  const Items items(args, chunk_of_keys, args.workspace,
+                    [&](const Chunk& chunk, auto&& add) { for_groups(args, chunk, add); });
   A* D = numbers_after_items<A>(args, args.workspace);
   A* partial = D + rows;
-  A* scratch = partial + args.groups * rows * args.S;
+  A* scratch = partial + args.partials() * rows * args.S;
   multiply_outputs<T>(args, D);
+  if (args.sliding) {
+    parallel_for(args.partials() * rows * args.S, 1 << 16,
+                 [&](int64_t begin, int64_t end) { std::memset(partial + begin, 0, (end - begin) * sizeof(A)); });
+  }
   parallel_for(args.slots, 1, [&](int64_t begin, int64_t end) {
-    items.for_each(begin, end, [&](const Chunk& chunk, int64_t group) {
-      A* dq = partial + group * rows * args.S;
+    items.for_each(begin, end, [&](const Chunk& chunk, int64_t c, int64_t group) {
+      const int64_t part = group + (args.sliding ? c % 2 * args.groups : 0);
+      A* dq = partial + part * rows * args.S;
       BackwardTile<T>(args, chunk, group, D, dq, scratch + begin * args.scratch).run();
     });
   });
@@ -141,10 +151,10 @@ extern "C" int megalodon_chunk_attention_forward_outputs(const DLTensor* q, cons
                                                          int64_t chunk_size, double dropout_p, int64_t seed,
                                                          const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                          const DLTensor* v_cache, const DLTensor* position,
-                                                         megalodon_spec* outputs) {
+                                                         int64_t sliding, megalodon_spec* outputs) {
   return guarded([&] {
     Checker c("chunk_attention");
-    check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position,
+    check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position, sliding,
                           Outputs(outputs));
   });
 }
@@ -152,12 +162,12 @@ extern "C" int megalodon_chunk_attention_forward_outputs(const DLTensor* q, cons
 extern "C" int megalodon_chunk_attention_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
                                                  int64_t chunk_size, double dropout_p, int64_t seed,
                                                  const DLTensor* cu_seqlens, const DLTensor* k_cache,
-                                                 const DLTensor* v_cache, const DLTensor* position, DLTensor* o,
-                                                 DLTensor* lse, DLTensor* workspace, void* stream) {
+                                                 const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
+                                                 DLTensor* o, DLTensor* lse, DLTensor* workspace, void* stream) {
   return guarded([&] {
     Checker c("chunk_attention");
     const ChunkAttentionForward args = check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                             k_cache, v_cache, position, {o, lse, workspace});
+                                                             k_cache, v_cache, position, sliding, {o, lse, workspace});
     c.not_negative("position", args.position, args.sequences.count);
     run_on(c, args, cpu::chunk_attention_forward, cuda::chunk_attention_forward, stream);
   });
@@ -168,11 +178,11 @@ extern "C" int megalodon_chunk_attention_backward_outputs(const DLTensor* dout, 
                                                           int64_t chunk_size, double dropout_p, int64_t seed,
                                                           const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                           const DLTensor* v_cache, const DLTensor* position,
-                                                          megalodon_spec* outputs) {
+                                                          int64_t sliding, megalodon_spec* outputs) {
   return guarded([&] {
     Checker c("chunk_attention_backward");
     check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache,
-                                   position, Outputs(outputs));
+                                   position, sliding, Outputs(outputs));
   });
 }
 
@@ -180,14 +190,14 @@ extern "C" int megalodon_chunk_attention_backward(const DLTensor* dout, const DL
                                                   const DLTensor* v, const DLTensor* o, const DLTensor* lse,
                                                   int64_t chunk_size, double dropout_p, int64_t seed,
                                                   const DLTensor* cu_seqlens, const DLTensor* k_cache,
-                                                  const DLTensor* v_cache, const DLTensor* position, DLTensor* dq,
-                                                  DLTensor* dk, DLTensor* dv, DLTensor* dk_cache, DLTensor* dv_cache,
-                                                  DLTensor* workspace, void* stream) {
+                                                  const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
+                                                  DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dk_cache,
+                                                  DLTensor* dv_cache, DLTensor* workspace, void* stream) {
   return guarded([&] {
     Checker c("chunk_attention_backward");
     const ChunkAttentionBackward args =
         check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache,
-                                       v_cache, position, {dq, dk, dv, dk_cache, dv_cache, workspace});
+                                       v_cache, position, sliding, {dq, dk, dv, dk_cache, dv_cache, workspace});
     c.not_negative("position", args.position, args.sequences.count);
     run_on(c, args, cpu::chunk_attention_backward, cuda::chunk_attention_backward, stream);
   });

@@ -5,6 +5,8 @@
 // unscaled scores s_ij = q_i . k_j over the keys j <= i of i's chunk that are not dropped,
 //   o_i = sum_j exp(s_ij - lse_i) v_j,   lse_i = log sum_j exp(s_ij);   without any key, o_i = 0 and lse_i = -inf.
 // The m = position[b] mod C keys of the first chunk that came before token 0 are k_cache[b, :m], v_cache[b, :m].
+// Sliding: over the keys i - C < j <= i instead, and the last C tokens before token 0 are in the caches, position p in
+// slot p mod C.
 // DropKey: with floor(dropout_p 2^32) = n, key j is dropped for query i iff word j & 3 of philox4x32-10(counter
 // (j >> 2, i, h, b), key seed) is below n; i, j here are the absolute positions p of the two, as uint32.
 //
@@ -36,10 +38,11 @@ struct ChunkAttention {
   int64_t H, S, E, C;
   int64_t seed;
   uint32_t drop_below;  // floor(dropout_p 2^32)
-  bool cached;          // whether there are caches; an empty one may have no memory
-  int64_t items;        // CPU: of a head, at most
-  int64_t slots;        // CPU: that the items of all heads are shared among
-  int64_t scratch;      // CPU: elements per slot; GPU: bytes of weights
+  bool sliding;
+  bool cached;      // whether there are caches; an empty one may have no memory
+  int64_t items;    // CPU: of a head, at most
+  int64_t slots;    // CPU: that the items of all heads are shared among
+  int64_t scratch;  // CPU: elements per slot; GPU: bytes of weights
 
   // The number of a token and head in lse [B, H, L].
   MEGALODON_HOST_DEVICE constexpr int64_t statistic(int64_t token, int64_t h) const {
@@ -69,16 +72,21 @@ struct ChunkAttentionBackward : ChunkAttention {
   void* dv;          // [B, L, H, E]
   void* dk_cache;    // [N, C, H, S], or [0] when k_cache is absent
   void* dv_cache;    // [N, C, H, E], likewise
-  void* workspace;   // items; stat: D [B, H, L], partial dq [groups, B, L, H, S], [slots, scratch]. GPU: scratch, D, dq
-  int64_t groups;    // that the key tiles of a chunk are dealt to, each with its own partial sum of dq; GPU: 1 if dq
-                     // of a chunk may be summed over rounds, or 0
-  int64_t keys;      // of a tile
-  int64_t queries;   // of a tile
+  void*
+      workspace;   // items; stat: D [B, H, L], partial dq [partials, B, L, H, S], [slots, scratch]. GPU: scratch, D, dq
+  int64_t groups;  // that the key tiles of a chunk are dealt to, each with its own partial sum of dq; GPU: 1 if dq
+                   // of a chunk may be summed over rounds, or 0
+  int64_t keys;    // of a tile
+  int64_t queries;  // of a tile
+
+  // Sliding, the queries of a block of keys are those of the next block, too: even and odd ones have their own sums.
+  constexpr int64_t partials() const { return groups * (1 + sliding); }
 };
 
 // Chunks that the tokens of a row may lie in, keys and queries that a chunk may have.
 static inline int64_t chunks_of(int64_t L, int64_t C, bool cached) { return L == 0 ? 0 : (L - 1) / C + 1 + cached; }
 static inline int64_t keys_of_chunk(const ChunkAttention& args) {
+  if (args.sliding) return args.C - 1 + std::min(args.sequences.length, args.C);
   return args.cached || args.sequences.length >= args.C ? args.C : args.sequences.length;
 }
 static inline int64_t queries_of_chunk(const ChunkAttention& args) { return std::min(args.sequences.length, args.C); }
@@ -94,14 +102,15 @@ static inline int64_t whole_chunks(const ChunkAttention& args) {
   return s.packed ? ceil_div(s.length, args.C) : most_chunks(args);
 }
 
-// One chunk of one sequence and head. Places 0 .. keys - 1 are its keys; those below `first` came before this call, are
-// in the caches and are no queries.
+// One chunk of one sequence and head. Places 0 .. keys - 1 are its keys, first .. end - 1 its queries, of which the one
+// at place i sees the keys i - C < j <= i. Those below `cached` came before this call and are in the caches.
 struct Chunk {
-  int64_t sequence, h, first, keys;
+  int64_t sequence, h, cached, first, keys, end;
+  int64_t slot;       // of place 0 in the caches, which are rings
   int64_t token;      // place r is token `token + r` of the batch
   int64_t statistic;  // place r has number `statistic + r` in lse
   uint32_t start;     // the absolute position of place 0
-  MEGALODON_HOST_DEVICE constexpr int64_t queries() const { return keys > first ? keys - first : 0; }
+  MEGALODON_HOST_DEVICE constexpr int64_t queries() const { return end > first ? end - first : 0; }
 };
 
 // Chunk c of sequence i, without queries if there is no such chunk.
@@ -112,11 +121,52 @@ MEGALODON_HOST_DEVICE static inline Chunk chunk_of(const ChunkAttention& args, i
   const int64_t position = args.position == nullptr ? 0 : args.position[i];
   const int64_t m = position % args.C, begin = args.sequences.begin(i), place = c * args.C - m;
   const int64_t left = args.sequences.end(i) - begin - place;
-  chunk.first = c == 0 ? m : 0;
-  chunk.keys = args.C < left ? args.C : left;
+  chunk.first = chunk.cached = c == 0 ? m : 0;
+  chunk.keys = chunk.end = args.C < left ? args.C : left;
   chunk.token = begin + place;
   chunk.statistic = args.statistic(begin, h) + place;
   chunk.start = static_cast<uint32_t>(static_cast<uint64_t>(position - m + c * args.C));
+  return chunk;
+}
+
+// Sliding: the chunk that begins with place `before` - C + 1 or 0 of a sequence whose places are the last C - 1 tokens
+// before this call, as far as there are any, and the call's tokens.
+static inline Chunk window_of(const ChunkAttention& args, int64_t i, int64_t h, int64_t place, int64_t cached) {
+  const int64_t position = args.position == nullptr ? 0 : args.position[i], begin = args.sequences.begin(i);
+  Chunk chunk{};
+  chunk.sequence = i;
+  chunk.h = h;
+  chunk.cached = std::max<int64_t>(cached - place, 0);
+  chunk.slot = (position - cached + place) % args.C;
+  chunk.token = begin - cached + place;
+  chunk.statistic = args.statistic(begin, h) - cached + place;
+  chunk.start = static_cast<uint32_t>(static_cast<uint64_t>(position - cached + place));
+  return chunk;
+}
+static inline int64_t cached_of(const ChunkAttention& args, int64_t i) {
+  return args.position == nullptr ? 0 : std::min(args.C - 1, args.position[i]);
+}
+
+// The c-th C queries of sequence i, with all keys they see.
+static inline Chunk chunk_of_queries(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
+  if (!args.sliding) return chunk_of(args, i, c, h);
+  const int64_t cached = cached_of(args, i), query = cached + c * args.C;
+  const int64_t place = std::max<int64_t>(query - args.C + 1, 0);
+  Chunk chunk = window_of(args, i, h, place, cached);
+  chunk.first = query - place;
+  const int64_t left = args.sequences.end(i) - chunk.token;
+  chunk.keys = chunk.end = std::min(chunk.first + args.C, left);
+  return chunk;
+}
+
+// The c-th C keys of sequence i, with all queries that see them.
+static inline Chunk chunk_of_keys(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
+  if (!args.sliding) return chunk_of(args, i, c, h);
+  Chunk chunk = window_of(args, i, h, c * args.C, cached_of(args, i));
+  const int64_t left = args.sequences.end(i) - chunk.token;
+  chunk.first = chunk.cached;
+  chunk.keys = std::min(args.C, left);
+  chunk.end = std::min(chunk.keys + args.C - 1, left);
   return chunk;
 }
 
@@ -200,12 +250,10 @@ struct ChunkAttentionTensors {
   Tensor q, k, v, k_cache, v_cache, position;
 };
 
-static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, const DLTensor* q_in, const DLTensor* k_in,
-                                                                 const DLTensor* v_in, int64_t chunk_size,
-                                                                 double dropout_p, int64_t seed,
-                                                                 const DLTensor* cu_seqlens, const DLTensor* k_cache_in,
-                                                                 const DLTensor* v_cache_in,
-                                                                 const DLTensor* position_in, ChunkAttention& args) {
+static inline ChunkAttentionTensors check_chunk_attention_inputs(
+    Checker& c, const DLTensor* q_in, const DLTensor* k_in, const DLTensor* v_in, int64_t chunk_size, double dropout_p,
+    int64_t seed, const DLTensor* cu_seqlens, const DLTensor* k_cache_in, const DLTensor* v_cache_in,
+    const DLTensor* position_in, int64_t sliding, ChunkAttention& args) {
   ChunkAttentionTensors t;
   t.q = c.activation("q", q_in, {any("B"), any("L"), any("H"), any("S")});
   const Dim B = t.q.dim(0, "B"), L = t.q.dim(1, "L"), H = t.q.dim(2, "H"), S = t.q.dim(3, "S");
@@ -247,6 +295,8 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, con
   args.seed = seed;
   args.drop_below = static_cast<uint32_t>(std::floor(dropout_p * 4294967296.0));
   args.cached = given;
+  args.sliding = sliding != 0;
+  if (args.sliding && c.on_cuda()) c.not_implemented("sliding attention of more than one step on CUDA");
   return t;
 }
 
@@ -254,10 +304,10 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
                                                           const DLTensor* v, int64_t chunk_size, double dropout_p,
                                                           int64_t seed, const DLTensor* cu_seqlens,
                                                           const DLTensor* k_cache, const DLTensor* v_cache,
-                                                          const DLTensor* position, Outputs&& out) {
+                                                          const DLTensor* position, int64_t sliding, Outputs&& out) {
   ChunkAttentionForward args{};
   const ChunkAttentionTensors t = check_chunk_attention_inputs(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                               k_cache, v_cache, position, args);
+                                                               k_cache, v_cache, position, sliding, args);
   const DType stat = stat_dtype(args.dtype);
   args.o = out.like(c, "o", t.v);
   args.lse = out.next(c, "lse", stat, {t.q.shape[0], args.H, args.sequences.length});
@@ -286,10 +336,10 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
 static inline ChunkAttentionBackward check_chunk_attention_backward(
     Checker& c, const DLTensor* dout_in, const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* o_in,
     const DLTensor* lse_in, int64_t chunk_size, double dropout_p, int64_t seed, const DLTensor* cu_seqlens,
-    const DLTensor* k_cache, const DLTensor* v_cache, const DLTensor* position, Outputs&& out) {
+    const DLTensor* k_cache, const DLTensor* v_cache, const DLTensor* position, int64_t sliding, Outputs&& out) {
   ChunkAttentionBackward args{};
   const ChunkAttentionTensors t = check_chunk_attention_inputs(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                               k_cache, v_cache, position, args);
+                                                               k_cache, v_cache, position, sliding, args);
   const DType stat = stat_dtype(args.dtype);
   const Tensor dout = c.like("dout", dout_in, t.v);
   const Tensor o = c.like("o", o_in, t.v);
@@ -302,7 +352,7 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   args.dv = out.like(c, "dv", t.v);
   args.dk_cache = out.gradient(c, "dk_cache", t.k_cache, args.dtype);
   args.dv_cache = out.gradient(c, "dv_cache", t.v_cache, args.dtype);
-  const int64_t keys = keys_of_chunk(args), queries = queries_of_chunk(args);
+  const int64_t keys = std::min(keys_of_chunk(args), args.C), queries = queries_of_chunk(args);
   const int64_t rows = args.sequences.tokens() * args.H;
   if (c.on_cuda()) {
     const Strips strips = Strips::of(args, gpu_tile(args.dtype, queries), true);
@@ -329,7 +379,7 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
                  args.queries * ((2 + more) * Sp + (2 + 3 * more) * args.keys + (2 + 2 * more) * args.kColumns);
   args.workspace =
       out.workspace(c, args.items * int64_t{sizeof(ChunkItem)} +
-                           (rows + args.groups * rows * args.S + args.slots * args.scratch) * size_of(stat));
+                           (rows + args.partials() * rows * args.S + args.slots * args.scratch) * size_of(stat));
   return args;
 }
 

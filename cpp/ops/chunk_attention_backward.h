@@ -27,7 +27,8 @@ void for_groups(const ChunkAttentionBackward& args, const Chunk& chunk, Add&& ad
     int64_t work = 0;
     for_key_tiles(args, chunk, group, [&](int64_t tile) {
       const int64_t key = tile * args.keys, keys = std::min(args.keys, chunk.keys - key);
-      work += (keys + 16) * (chunk.keys - std::max(chunk.first, key) + 16);
+      const int64_t end = std::min(chunk.end, key + keys + args.C - 1);
+      work += (keys + 16) * (end - std::max(chunk.first, key) + 16);
     });
     add(group, work);
   }
@@ -80,14 +81,14 @@ class BackwardTile {
       keys_ = std::min(args_.keys, chunk_.keys - key_);
       pack_keys();
       bool first_queries = true;
-      for (int64_t i = chunk_.first; i < chunk_.keys; i += args_.queries) {
+      for (int64_t i = chunk_.first; i < std::min(chunk_.end, key_ + keys_ + args_.C - 1); i += args_.queries) {
         place_ = i;
-        count_ = std::min(args_.queries, chunk_.keys - i);
+        count_ = std::min(args_.queries, chunk_.end - i);
         if (place_ + count_ <= key_) continue;
         weigh();
         pass_values(!first_queries);
         pass_keys(!first_queries);
-        add_to_dq(!first_keys);
+        add_to_dq(!first_keys || args_.sliding);  // which begins as 0
         first_queries = false;
       }
       write_rows(dk_, args_.dk, args_.dk_cache, args_.S);
@@ -135,6 +136,8 @@ class BackwardTile {
           const Vec<A> weight = weight_of(load(scores + half) - shift);
           store(scores + half, visible == P ? weight : first_lanes(weight, visible - half));
         }
+        const int64_t hidden = std::min(panel_keys(p), place_ + i - args_.C + 1 - key_ - p * P);
+        for (int64_t j = 0; j < hidden; ++j) scores[j] = 0;  // out of the window
         if (i % D == D - 1 || i + 1 == count_) pair_queries(row(weights_, p, i / D * D), i % D, weights_across_, p, i);
       }
     }

@@ -11,11 +11,13 @@ namespace megalodon::cpu::MEGALODON_ISA {
 // are about as much work as every other slot's, whatever the lengths of sequences. The parallel loop runs over slots
 // and a body uses the scratch of the first slot of its range: scratch is bounded where items are not.
 class Items {
+  using ChunkOf = Chunk (*)(const ChunkAttention& args, int64_t sequence, int64_t c, int64_t h);
+
  public:
   // `for_parts(chunk, add)` calls add(part, work) for all parts of a chunk.
   template <class ForParts>
-  Items(const ChunkAttention& args, void* memory, ForParts&& for_parts)
-      : args_(args), items_(static_cast<ChunkItem*>(memory)) {
+  Items(const ChunkAttention& args, ChunkOf chunk_of, void* memory, ForParts&& for_parts)
+      : args_(args), chunk_of_(chunk_of), items_(static_cast<ChunkItem*>(memory)) {
     if (args.slots == 0) return;
     for (int64_t i = 0; i < args.sequences.count; ++i) {
       const int64_t tokens = args.sequences.end(i) - args.sequences.begin(i);
@@ -31,12 +33,12 @@ class Items {
     }
   }
 
-  // Calls body(chunk, part) for the items of the slots [begin, end).
+  // Calls body(chunk, its number in the sequence, part) for the items of the slots [begin, end).
   template <class Body>
   void for_each(int64_t begin, int64_t end, Body&& body) const {
     for (int64_t item = first_item(begin); item < first_item(end); ++item) {
       const ChunkItem& at = items_[item % count_];
-      body(chunk_of(args_, at.sequence, at.chunk, item / count_), at.part);
+      body(chunk_of_(args_, at.sequence, at.chunk, item / count_), at.chunk, at.part);
     }
   }
 
@@ -50,6 +52,7 @@ class Items {
   }
 
   const ChunkAttention& args_;
+  const ChunkOf chunk_of_;
   ChunkItem* items_;
   int64_t count_ = 0, work_ = 0;
 };

@@ -377,6 +377,7 @@ def chunk_attention(
     v_cache: Tensor | None = None,
     position: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sliding: bool = False,
 ) -> Tensor:
     """Causal softmax attention inside chunks of C steps: ``o_t = sum_s softmax_s(q_t . k_s) v_s``.
 
@@ -396,6 +397,9 @@ def chunk_attention(
             cu_seqlens[i + 1] - 1, are what rows of a batch are, each with its own chunks; caches
             and position have a row per segment. The values are checked on the CPU; on a GPU wrong
             ones give wrong results, never access outside the tensors.
+        sliding: a window instead of chunks: s runs over the C steps up to and including t. The
+            caches then hold the last C steps before this call, step p in slot p % C. On a GPU not
+            implemented yet for more than one step.
 
     Returns:
         o (B, L, H, E) like v. A row with every key dropped is 0. Differentiable in q, k, v and the
@@ -404,7 +408,7 @@ def chunk_attention(
     Source: section 3.3 of the paper.
     """
     o: Tensor = _ops.chunk_attention(
-        q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position
+        q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position, sliding
     )[0]
     return o
 

@@ -23,6 +23,7 @@ def _fake(
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     position: Tensor | None = None,
+    sliding: bool = False,
 ) -> tuple[Tensor, Tensor]:
     B, L, H, _ = q.shape
     return like(v), stat(q, B, H, L)
@@ -42,15 +43,16 @@ def _backward_fake(
     k_cache: Tensor | None,
     v_cache: Tensor | None,
     position: Tensor | None,
+    sliding: bool,
 ) -> tuple[Tensor, ...]:
     return like(q), like(k), like(v), like(k_cache, of=k), like(v_cache, of=v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position = inputs
+    q, k, v, chunk_size, dropout_p, seed, cu_seqlens, *state, sliding = inputs
     o, lse = output
-    ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, k_cache, v_cache, position)
-    ctx.sizes = chunk_size, dropout_p, seed
+    ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, *state)
+    ctx.sizes, ctx.sliding = (chunk_size, dropout_p, seed), sliding
     ctx.mark_non_differentiable(lse)
 
 
@@ -59,10 +61,10 @@ def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | N
 
     q, k, v, o, lse, cu_seqlens, k_cache, v_cache, position = ctx.saved_tensors
     dq, dk, dv, dk_cache, dv_cache = torch.ops.megalodon.chunk_attention_backward(
-        dout, q, k, v, o, lse, *ctx.sizes, cu_seqlens, k_cache, v_cache, position
+        *(dout, q, k, v, o, lse, *ctx.sizes, cu_seqlens, k_cache, v_cache, position, ctx.sliding)
     )
     caches = (dk_cache, dv_cache) if k_cache is not None else (None, None)
-    return dq, dk, dv, None, None, None, None, *caches, None
+    return dq, dk, dv, None, None, None, None, *caches, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
@@ -104,7 +106,7 @@ def _cost(
     dropout_p: float = 0.0,
     seed: int = 0,
     cu_seqlens: Tensor | None = None,
-    *_: Any,
+    *state: Any,
 ) -> Cost:
     """Without what lies in caches."""
     B, L, H, S = q.shape
@@ -113,6 +115,9 @@ def _cost(
     for length in lengths:
         whole, rest = divmod(length, chunk_size)
         pairs += H * (whole * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
+        if state[-1:] == (True,) and whole > 0:  # what lies before the chunk
+            pairs += H * ((whole - 1) * chunk_size * (chunk_size - 1) // 2)
+            pairs += H * rest * (2 * chunk_size - rest - 1) // 2
     return Cost(
         bytes=2 * (q.numel() + v.numel()) * q.element_size(), flops=2 * pairs * (S + v.shape[3])
     )
@@ -122,17 +127,17 @@ OP = registry.add(
     Op(
         name="chunk_attention",
         summary="causal softmax attention inside chunks",
-        equation="o_i = sum_j softmax_j(q_i . k_j) v_j, j <= i in i's chunk",
+        equation="o_i = sum_j softmax_j(q_i . k_j) v_j, j <= i in i's chunk (sliding: i - C < j)",
         schema=(
             "(Tensor q, Tensor k, Tensor v, SymInt chunk_size, float dropout_p=0.0, SymInt seed=0,"
             " Tensor? cu_seqlens=None, Tensor? k_cache=None, Tensor? v_cache=None,"
-            " Tensor? position=None) -> (Tensor o, Tensor lse)"
+            " Tensor? position=None, bool sliding=False) -> (Tensor o, Tensor lse)"
         ),
         fake=_fake,
         backward_schema=(
             "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt chunk_size,"
             " float dropout_p, SymInt seed, Tensor? cu_seqlens, Tensor? k_cache, Tensor? v_cache,"
-            " Tensor? position)"
+            " Tensor? position, bool sliding)"
             " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_cache, Tensor dv_cache)"
         ),
         backward_fake=_backward_fake,
