@@ -230,7 +230,7 @@ def test_cache_gradients_of_empty_keys_or_rows_are_written() -> None:
         o, lse = OP.overload(q, k, v, 8, 0.0, 0, None, *caches)
         out = tuple(torch.full_like(t, math.nan) for t in (q, k, v, *caches[:2]))
         kernels.chunk_attention_backward(
-            torch.ones_like(o), q, k, v, o, lse, 8, 0.0, 0, None, *caches, out=out
+            torch.ones_like(o), q, k, v, o, lse, 8, 0.0, 0, None, *caches, False, "key", out=out
         )
         assert all(t.isfinite().all() for t in out)
 

@@ -151,11 +151,12 @@ extern "C" int megalodon_chunk_attention_forward_outputs(const DLTensor* q, cons
                                                          int64_t chunk_size, double dropout_p, int64_t seed,
                                                          const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                          const DLTensor* v_cache, const DLTensor* position,
-                                                         int64_t sliding, megalodon_spec* outputs) {
+                                                         int64_t sliding, const char* dropout_mode,
+                                                         megalodon_spec* outputs) {
   return guarded([&] {
     Checker c("chunk_attention");
     check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position, sliding,
-                          Outputs(outputs));
+                          dropout_mode, Outputs(outputs));
   });
 }
 
@@ -163,11 +164,13 @@ extern "C" int megalodon_chunk_attention_forward(const DLTensor* q, const DLTens
                                                  int64_t chunk_size, double dropout_p, int64_t seed,
                                                  const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                  const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
-                                                 DLTensor* o, DLTensor* lse, DLTensor* workspace, void* stream) {
+                                                 const char* dropout_mode, DLTensor* o, DLTensor* lse,
+                                                 DLTensor* workspace, void* stream) {
   return guarded([&] {
     Checker c("chunk_attention");
-    const ChunkAttentionForward args = check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                             k_cache, v_cache, position, sliding, {o, lse, workspace});
+    const ChunkAttentionForward args =
+        check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position, sliding,
+                              dropout_mode, {o, lse, workspace});
     c.not_negative("position", args.position, args.sequences.count);
     run_on(c, args, cpu::chunk_attention_forward, cuda::chunk_attention_forward, stream);
   });
@@ -178,11 +181,12 @@ extern "C" int megalodon_chunk_attention_backward_outputs(const DLTensor* dout, 
                                                           int64_t chunk_size, double dropout_p, int64_t seed,
                                                           const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                           const DLTensor* v_cache, const DLTensor* position,
-                                                          int64_t sliding, megalodon_spec* outputs) {
+                                                          int64_t sliding, const char* dropout_mode,
+                                                          megalodon_spec* outputs) {
   return guarded([&] {
     Checker c("chunk_attention_backward");
     check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache,
-                                   position, sliding, Outputs(outputs));
+                                   position, sliding, dropout_mode, Outputs(outputs));
   });
 }
 
@@ -191,13 +195,14 @@ extern "C" int megalodon_chunk_attention_backward(const DLTensor* dout, const DL
                                                   int64_t chunk_size, double dropout_p, int64_t seed,
                                                   const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                   const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
-                                                  DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dk_cache,
-                                                  DLTensor* dv_cache, DLTensor* workspace, void* stream) {
+                                                  const char* dropout_mode, DLTensor* dq, DLTensor* dk, DLTensor* dv,
+                                                  DLTensor* dk_cache, DLTensor* dv_cache, DLTensor* workspace,
+                                                  void* stream) {
   return guarded([&] {
     Checker c("chunk_attention_backward");
-    const ChunkAttentionBackward args =
-        check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache,
-                                       v_cache, position, sliding, {dq, dk, dv, dk_cache, dv_cache, workspace});
+    const ChunkAttentionBackward args = check_chunk_attention_backward(
+        c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position, sliding,
+        dropout_mode, {dq, dk, dv, dk_cache, dv_cache, workspace});
     c.not_negative("position", args.position, args.sequences.count);
     run_on(c, args, cpu::chunk_attention_backward, cuda::chunk_attention_backward, stream);
   });

@@ -8,10 +8,13 @@
 // Sliding: over the keys i - C < j <= i instead, and the last C tokens before token 0 are in the caches, position p in
 // slot p mod C.
 // DropKey: with floor(dropout_p 2^32) = n, key j is dropped for query i iff word j & 3 of philox4x32-10(counter
-// (j >> 2, i, h, b), key seed) is below n; i, j here are the absolute positions p of the two, as uint32.
+// (j >> 2, i, h, b), key seed) is below n; i, j here are the absolute positions p of the two, as uint32. Or, in the
+// dropout mode "weight", it is the weight of j after the softmax, and the others are divided by 1 - dropout_p:
+//   o_i = sum_j W_ij v_j,   W_ij = P_ij / (1 - dropout_p) if j is not dropped, or 0.
 //
 // Gradients, with P_ij = exp(s_ij - lse_i) and D_i = sum_e do_ie o_ie:
-//   dS_ij = P_ij (do_i . v_j - D_i),  dv_j = sum_i P_ij do_i,  dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i.
+//   dS_ij = P_ij (do_i . v_j - D_i),  dv_j = sum_i P_ij do_i,  dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i,
+// and in the mode "weight" dS_ij = W_ij do_i . v_j - P_ij D_i,  dv_j = sum_i W_ij do_i.
 #pragma once
 
 #include <algorithm>
@@ -39,10 +42,12 @@ struct ChunkAttention {
   int64_t seed;
   uint32_t drop_below;  // floor(dropout_p 2^32)
   bool sliding;
-  bool cached;      // whether there are caches; an empty one may have no memory
-  int64_t items;    // CPU: of a head, at most
-  int64_t slots;    // CPU: that the items of all heads are shared among
-  int64_t scratch;  // CPU: elements per slot; GPU: bytes of weights
+  bool drops_weights;  // dropout_p > 0 in the mode "weight"
+  double kept_scale;   // of the weights that are left: 1 / (1 - dropout_p) in that mode, or 1
+  bool cached;         // whether there are caches; an empty one may have no memory
+  int64_t items;       // CPU: of a head, at most
+  int64_t slots;       // CPU: that the items of all heads are shared among
+  int64_t scratch;     // CPU: elements per slot; GPU: bytes of weights
 
   // The number of a token and head in lse [B, H, L].
   MEGALODON_HOST_DEVICE constexpr int64_t statistic(int64_t token, int64_t h) const {
@@ -253,7 +258,7 @@ struct ChunkAttentionTensors {
 static inline ChunkAttentionTensors check_chunk_attention_inputs(
     Checker& c, const DLTensor* q_in, const DLTensor* k_in, const DLTensor* v_in, int64_t chunk_size, double dropout_p,
     int64_t seed, const DLTensor* cu_seqlens, const DLTensor* k_cache_in, const DLTensor* v_cache_in,
-    const DLTensor* position_in, int64_t sliding, ChunkAttention& args) {
+    const DLTensor* position_in, int64_t sliding, const char* dropout_mode, ChunkAttention& args) {
   ChunkAttentionTensors t;
   t.q = c.activation("q", q_in, {any("B"), any("L"), any("H"), any("S")});
   const Dim B = t.q.dim(0, "B"), L = t.q.dim(1, "L"), H = t.q.dim(2, "H"), S = t.q.dim(3, "S");
@@ -296,6 +301,11 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(
   args.drop_below = static_cast<uint32_t>(std::floor(dropout_p * 4294967296.0));
   args.cached = given;
   args.sliding = sliding != 0;
+  const std::string mode = dropout_mode == nullptr ? "none" : dropout_mode;
+  c.require(mode == "key" || mode == "weight", "dropout_mode", "key or weight", mode);
+  args.drops_weights = mode == "weight" && args.drop_below > 0;
+  args.kept_scale = args.drops_weights ? 1 / (1 - dropout_p) : 1;
+  if (args.drops_weights && c.on_cuda()) c.not_implemented("dropout_mode weight on CUDA");
   if (args.sliding && c.on_cuda()) c.not_implemented("sliding attention of more than one step on CUDA");
   return t;
 }
@@ -304,10 +314,11 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
                                                           const DLTensor* v, int64_t chunk_size, double dropout_p,
                                                           int64_t seed, const DLTensor* cu_seqlens,
                                                           const DLTensor* k_cache, const DLTensor* v_cache,
-                                                          const DLTensor* position, int64_t sliding, Outputs&& out) {
+                                                          const DLTensor* position, int64_t sliding,
+                                                          const char* dropout_mode, Outputs&& out) {
   ChunkAttentionForward args{};
   const ChunkAttentionTensors t = check_chunk_attention_inputs(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                               k_cache, v_cache, position, sliding, args);
+                                                               k_cache, v_cache, position, sliding, dropout_mode, args);
   const DType stat = stat_dtype(args.dtype);
   args.o = out.like(c, "o", t.v);
   args.lse = out.next(c, "lse", stat, {t.q.shape[0], args.H, args.sequences.length});
@@ -336,10 +347,11 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
 static inline ChunkAttentionBackward check_chunk_attention_backward(
     Checker& c, const DLTensor* dout_in, const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* o_in,
     const DLTensor* lse_in, int64_t chunk_size, double dropout_p, int64_t seed, const DLTensor* cu_seqlens,
-    const DLTensor* k_cache, const DLTensor* v_cache, const DLTensor* position, int64_t sliding, Outputs&& out) {
+    const DLTensor* k_cache, const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
+    const char* dropout_mode, Outputs&& out) {
   ChunkAttentionBackward args{};
   const ChunkAttentionTensors t = check_chunk_attention_inputs(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                               k_cache, v_cache, position, sliding, args);
+                                                               k_cache, v_cache, position, sliding, dropout_mode, args);
   const DType stat = stat_dtype(args.dtype);
   const Tensor dout = c.like("dout", dout_in, t.v);
   const Tensor o = c.like("o", o_in, t.v);
@@ -372,11 +384,12 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   args.items = most_chunks(args) * args.groups;
   args.slots = std::min(args.H * args.items, kMaxSlots);
   // Keys in panels and transposed, dk; values transposed, dv; queries, dq; the weights and their gradients; two times
-  // columns of do. Of bf16, which may be multiplied in pairs, queries and do are two factors each; the weights become
-  // one and their gradients two.
+  // columns of do; where weights are dropped, all of them and bits. Of bf16, which may be multiplied in pairs, queries
+  // and do are two factors each; the weights become one and their gradients two.
   const int64_t more = args.dtype == DType::kBfloat16;
   args.scratch = args.keys * (3 * Sp + 2 * Ep) +
                  args.queries * ((2 + more) * Sp + (2 + 3 * more) * args.keys + (2 + 2 * more) * args.kColumns);
+  if (args.drops_weights) args.scratch += 2 * args.queries * args.keys;
   args.workspace =
       out.workspace(c, args.items * int64_t{sizeof(ChunkItem)} +
                            (rows + args.partials() * rows * args.S + args.slots * args.scratch) * size_of(stat));

@@ -68,6 +68,8 @@ class BackwardTile {
     weights_across_ = D == 1 ? weights_ : take(Q * K);
     dscores_.along = D == 1 ? dweights_ : take(Q * K);
     dscores_.across = D == 1 ? dweights_ : take(Q * K);
+    all_weights_ = args.drops_weights ? take(Q * K) : weights_;
+    dropped_ = args.drops_weights ? reinterpret_cast<uint32_t*>(take(Q * K)) : nullptr;
     for (Factors& dout : dout_) {
       dout.along = take(Q * kColumns);
       dout.across = D == 1 ? dout.along : take(Q * kColumns);
@@ -113,7 +115,7 @@ class BackwardTile {
     pack_transposed<F>([&](int64_t j) { return values.row(key_ + j); }, keys_, args_.E, values_transposed_);
   }
 
-  // weights = exp(scores - lse), 0 where masked or dropped.
+  // weights = exp(scores - lse), 0 where masked or dropped, in all_weights not where dropped.
   void weigh() {
     Packer<T>(queries_in_, place_, place_ + count_, 0, args_.S, queries_).finish();
     for (int64_t p = 0; p * P < keys_; ++p) {
@@ -138,6 +140,7 @@ class BackwardTile {
         }
         const int64_t hidden = std::min(panel_keys(p), place_ + i - args_.C + 1 - key_ - p * P);
         for (int64_t j = 0; j < hidden; ++j) scores[j] = 0;  // out of the window
+        if (args_.drops_weights) drop_weights(scores, p, i);
         if (i % D == D - 1 || i + 1 == count_) pair_queries(row(weights_, p, i / D * D), i % D, weights_across_, p, i);
       }
     }
@@ -164,9 +167,26 @@ class BackwardTile {
     for (int64_t p = 0; p * P < visible; ++p) {
       A* scores = row(weights_, p, i);
       const int64_t n = std::min(P, visible - p * P);
+      if (args_.drops_weights) {
+        uint32_t bits = 0;
+        for (int64_t j = 0; j < n; ++j) bits |= uint32_t{words[p * P + j] < drop_.below} << j;
+        dropped_[p * count_ + i] = bits;
+        continue;
+      }
       for (int64_t j = 0; j < n; ++j) {
         scores[j] = words[p * P + j] < drop_.below ? -std::numeric_limits<A>::infinity() : scores[j];
       }
+    }
+  }
+
+  void drop_weights(A* weights, int64_t p, int64_t i) {
+    const auto scale = static_cast<A>(args_.kept_scale);
+    // Where the query sees no key of the panel there are no bits, and weights are 0.
+    const uint32_t bits = key_ + p * P > place_ + i ? 0 : dropped_[p * count_ + i];
+    for (int64_t half = 0; half < P; half += W) {
+      const Vec<A> all = load(weights + half);
+      store(row(all_weights_, p, i) + half, all);
+      store(weights + half, without<A>(all * scale, bits >> half));
     }
   }
 
@@ -217,10 +237,15 @@ class BackwardTile {
     for (int64_t p = 0; p * P < keys_; ++p) {
       for (int64_t i = first_query(p); i < count_; ++i) {
         A* dscores = row(dweights_, p, i);
-        const A* weights = row(weights_, p, i);
+        const A *weights = row(weights_, p, i), *all_weights = row(all_weights_, p, i);
         for (int64_t half = 0; half < P; half += W) {
           const Vec<A> w = load(weights + half);
-          store(dscores + half, w == 0 ? w : w * (load(dscores + half) - sums[i]));
+          if (args_.drops_weights) {
+            const Vec<A> all = load(all_weights + half), kept = w == 0 ? w : w * load(dscores + half);
+            store(dscores + half, all == 0 ? all : kept - all * sums[i]);
+          } else {
+            store(dscores + half, w == 0 ? w : w * (load(dscores + half) - sums[i]));
+          }
         }
         pair_keys(dscores, p, i);
         if (i % D == D - 1 || i + 1 == count_) {
@@ -282,7 +307,8 @@ class BackwardTile {
   const DropKey drop_;
   int64_t key_ = 0, keys_ = 0, place_ = 0, count_ = 0;  // the tiles' first places and sizes
   A *keys_packed_, *keys_transposed_, *dk_, *values_transposed_, *dv_, *dq_;
-  A *weights_, *dweights_, *weights_across_;
+  A *weights_, *all_weights_, *dweights_, *weights_across_;
+  uint32_t* dropped_;  // [panels of keys, queries] bits of the keys
   Factors queries_, dscores_, dout_[2];
 };
 

@@ -50,9 +50,11 @@ void mask_and_maximum(A* scores, int64_t keys, int64_t oldest, int64_t visible, 
   }
 }
 
-// scores[keys, P] become words of the factor weights[words, P] (core/gemm.h) in their place.
+// scores[keys, P] become words of the factor weights[words, P] (core/gemm.h) in their place. dropped: bits of the
+// queries for every key, whose weights count in the sum alone; or nullptr.
 template <class F, class A>
-void softmax_block(A* scores, int64_t keys, int64_t oldest, int64_t visible, Softmax<A>& state) {
+void softmax_block(A* scores, int64_t keys, int64_t oldest, int64_t visible, const uint32_t* dropped,
+                   Softmax<A>& state) {
   constexpr int64_t P = kPanel<A>, W = kLanes<A>, D = kPerWord<F>;
   const Vec<A> lowest = splat(-std::numeric_limits<A>::infinity());
   Vec<A> best[2], shift[2], sum[2];
@@ -69,11 +71,13 @@ void softmax_block(A* scores, int64_t keys, int64_t oldest, int64_t visible, Sof
     for (int half = 0; half < 2; ++half) {
       Vec<A> e = weight_of(load(scores + j * P + half * W) - shift[half]);
       sum[half] += e;
+      if (dropped != nullptr) e = without<A>(e, dropped[j] >> half * W);
 #if defined(__AVX512BF16__)
       if constexpr (D == 2) {
         Vec<A> second = {};
         if (j + 1 < keys) second = weight_of(load(scores + (j + 1) * P + half * W) - shift[half]);
         sum[half] += second;
+        if (dropped != nullptr && j + 1 < keys) second = without<A>(second, dropped[j + 1] >> half * W);
         e = pair_up(e, second);
       }
 #endif
@@ -170,12 +174,16 @@ class ForwardTile {
                     false);
         next_values_.turn();
       }
+      uint32_t dropped[kKeys];
       if (drop_.any()) {
-        drop_columns(drop_, chunk_.start + static_cast<uint32_t>(j), count,
-                     chunk_.start + static_cast<uint32_t>(place_ + p * P), P, scores);
+        const auto key = chunk_.start + static_cast<uint32_t>(j);
+        const auto query = chunk_.start + static_cast<uint32_t>(place_ + p * P);
+        args_.drops_weights ? drop_bits(drop_, key, count, query, P, dropped)
+                            : drop_columns(drop_, key, count, query, P, scores);
       }
       const int64_t last = place_ + p * P - j;
-      softmax_block<F>(scores, count, args_.sliding ? last - args_.C + 1 : -P, last, softmax_[p]);
+      softmax_block<F>(scores, count, args_.sliding ? last - args_.C + 1 : -P, last,
+                       args_.drops_weights ? dropped : nullptr, softmax_[p]);
     }
   }
 
@@ -232,7 +240,7 @@ class ForwardTile {
     for (int64_t i = 0; i < queries_; ++i) {
       const Softmax<A>& state = softmax_[i / P];
       const A sum = state.sum[i % P / W][i % W];
-      const A inverse = sum == 0 ? A(0) : A(1) / sum;
+      const A inverse = sum == 0 ? A(0) : static_cast<A>(args_.kept_scale) / sum;
       if (e == 0) lse[i] = state.shift[i % P / W][i % W] + std::log(sum);
       T* row = out.row(place_ + i);
       for (int64_t c = e; c < stop; c += W) {

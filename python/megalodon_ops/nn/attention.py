@@ -131,6 +131,7 @@ class MegaAttention(KeepsPrecision):
             *(q, k, v, self.chunk_size, dropout_p, seed),
             cu_seqlens=None if packing is None else packing.cu_seqlens,
             sliding=self.sliding,
+            dropout_mode=self.attention_dropout_mode,
         )
         if state is None or position is None:
             o = attend()

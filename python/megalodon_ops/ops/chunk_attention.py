@@ -24,6 +24,7 @@ def _fake(
     v_cache: Tensor | None = None,
     position: Tensor | None = None,
     sliding: bool = False,
+    dropout_mode: str = "key",
 ) -> tuple[Tensor, Tensor]:
     B, L, H, _ = q.shape
     return like(v), stat(q, B, H, L)
@@ -44,15 +45,16 @@ def _backward_fake(
     v_cache: Tensor | None,
     position: Tensor | None,
     sliding: bool,
+    dropout_mode: str,
 ) -> tuple[Tensor, ...]:
     return like(q), like(k), like(v), like(k_cache, of=k), like(v_cache, of=v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, chunk_size, dropout_p, seed, cu_seqlens, *state, sliding = inputs
+    q, k, v, chunk_size, dropout_p, seed, cu_seqlens, *state, sliding, mode = inputs
     o, lse = output
     ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, *state)
-    ctx.sizes, ctx.sliding = (chunk_size, dropout_p, seed), sliding
+    ctx.sizes, ctx.modes = (chunk_size, dropout_p, seed), (sliding, mode)
     ctx.mark_non_differentiable(lse)
 
 
@@ -61,10 +63,10 @@ def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | N
 
     q, k, v, o, lse, cu_seqlens, k_cache, v_cache, position = ctx.saved_tensors
     dq, dk, dv, dk_cache, dv_cache = torch.ops.megalodon.chunk_attention_backward(
-        *(dout, q, k, v, o, lse, *ctx.sizes, cu_seqlens, k_cache, v_cache, position, ctx.sliding)
+        *(dout, q, k, v, o, lse, *ctx.sizes, cu_seqlens, k_cache, v_cache, position, *ctx.modes)
     )
     caches = (dk_cache, dv_cache) if k_cache is not None else (None, None)
-    return dq, dk, dv, None, None, None, None, *caches, None, None
+    return dq, dk, dv, None, None, None, None, *caches, None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
@@ -115,7 +117,7 @@ def _cost(
     for length in lengths:
         whole, rest = divmod(length, chunk_size)
         pairs += H * (whole * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
-        if state[-1:] == (True,) and whole > 0:  # what lies before the chunk
+        if len(state) > 3 and state[3] and whole > 0:  # sliding: what lies before the chunk
             pairs += H * ((whole - 1) * chunk_size * (chunk_size - 1) // 2)
             pairs += H * rest * (2 * chunk_size - rest - 1) // 2
     return Cost(
@@ -131,13 +133,14 @@ OP = registry.add(
         schema=(
             "(Tensor q, Tensor k, Tensor v, SymInt chunk_size, float dropout_p=0.0, SymInt seed=0,"
             " Tensor? cu_seqlens=None, Tensor? k_cache=None, Tensor? v_cache=None,"
-            " Tensor? position=None, bool sliding=False) -> (Tensor o, Tensor lse)"
+            " Tensor? position=None, bool sliding=False,"
+            ' str dropout_mode="key") -> (Tensor o, Tensor lse)'
         ),
         fake=_fake,
         backward_schema=(
             "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt chunk_size,"
             " float dropout_p, SymInt seed, Tensor? cu_seqlens, Tensor? k_cache, Tensor? v_cache,"
-            " Tensor? position, bool sliding)"
+            " Tensor? position, bool sliding, str dropout_mode)"
             " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_cache, Tensor dv_cache)"
         ),
         backward_fake=_backward_fake,
