@@ -45,11 +45,12 @@ void clear(void* x, int64_t n, void* stream) {
 
 // D = sum over e of do o: a warp per token and head.
 template <class T, int V>
-__global__ void __launch_bounds__(kTileThreads) chunk_attention_dot_kernel(ChunkAttentionBackward args, stat_t<T>* D) {
+__global__ void __launch_bounds__(kTileThreads)
+    chunk_attention_dot_kernel(const T* dout, const T* o, stat_t<T>* D, int64_t tokens, int64_t L, int64_t H,
+                               int64_t E) {
   using A = stat_t<T>;
   constexpr int kWarps = kTileThreads / 32;
-  const T *dout = static_cast<const T*>(args.dout), *o = static_cast<const T*>(args.o);
-  const int64_t E = args.E, rows = args.sequences.tokens() * args.H, step = int64_t{gridDim.x} * kWarps;
+  const int64_t rows = tokens * H, step = int64_t{gridDim.x} * kWarps;
   for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < rows; row += step) {
     A sum = 0;
     for (int64_t e = threadIdx.x % 32 * V; e < E; e += 32 * V) {
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(kTileThreads) chunk_attention_dot_kernel(Chunk
       for (int i = 0; i < V; ++i) sum += widen(x.v[i]) * widen(y.v[i]);
     }
     sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) D[args.statistic(row / args.H, row % args.H)] = sum;
+    const int64_t b = row / H / L, t = row / H % L, h = row % H;
+    if (threadIdx.x % 32 == 0) D[(b * H + h) * L + t] = sum;
   }
 }
 
@@ -218,7 +220,8 @@ void backward(const ChunkAttentionBackward& args, void* stream) {
   const int64_t row_blocks = ceil_div(args.sequences.tokens() * args.H, kTileThreads / 32);
   launch({"chunk_attention_dot", dim3(static_cast<unsigned>(row_blocks < 65535 ? row_blocks : 65535)),
           dim3(kTileThreads), 0, stream},
-         chunk_attention_dot_kernel<T, V>, args, scratch.D);
+         chunk_attention_dot_kernel<T, V>, static_cast<const T*>(args.dout), static_cast<const T*>(args.o), scratch.D,
+         args.sequences.tokens(), args.sequences.length, args.H, args.E);
   const auto query_tiles = static_cast<unsigned>(scratch.query_tiles);
   const auto key_columns = static_cast<unsigned>(ceil_div(args.S, Tile::kTile));
   const auto columns = static_cast<unsigned>(ceil_div(args.E, Tile::kTile)) + key_columns;
