@@ -46,6 +46,7 @@ def test_golden(isa: str, case: Case, dtype: torch.dtype) -> None:
     C=st.sampled_from([1, 2, 3, 16, 63, 64, 65, 100, 128, 129, 300]),
     starts=st.none() | st.lists(st.integers(0, 10**6), min_size=2, max_size=2),
     dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+    mode=st.sampled_from(["key", "weight"]),
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shape(
@@ -58,6 +59,7 @@ def test_any_shape(
     C: int,
     starts: list[int] | None,
     dropout_p: float,
+    mode: str,
     dtype: torch.dtype,
 ) -> None:
     make = Maker(dtype, seed=1)
@@ -65,7 +67,7 @@ def test_any_shape(
     if starts is not None:
         position = torch.tensor(starts[:B], dtype=torch.int64)
         caches = make.activation(B, C, H, S), make.activation(B, C, H, E), position
-    args = (*qkv(dtype, B, L, H, S, E), C, dropout_p, 5, None, *caches)
+    args = (*qkv(dtype, B, L, H, S, E), C, dropout_p, 5, None, *caches, False, mode)
     check_forward(OP, args)
     check_gradients(OP, args)
 
@@ -85,6 +87,7 @@ def test_around_a_chunk(isa: str, C: int, extra: int, start: int | None) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["key", "weight"])
 @pytest.mark.parametrize(
     ("L", "C", "starts", "S", "E", "dropout_p"),
     [
@@ -105,16 +108,19 @@ def test_tile_edges(
     S: int,
     E: int,
     dropout_p: float,
+    mode: str,
     dtype: torch.dtype,
 ) -> None:
     """Around the GPU's tile sizes, with S and E that allow 16-byte accesses, but for one."""
+    if mode == "weight" and dropout_p == 0:
+        pytest.skip("drops nothing")
     make = Maker(dtype, seed=1)
     caches: tuple[Tensor | None, ...] = (None, None, None)
     if starts is not None:
         position = torch.tensor(starts)
         caches = make.activation(2, C, 1, S), make.activation(2, C, 1, E), position
     B = 1 if starts is None else 2
-    args = (*qkv(dtype, B, L, 1, S, E), C, dropout_p, 5, None, *caches)
+    args = (*qkv(dtype, B, L, 1, S, E), C, dropout_p, 5, None, *caches, False, mode)
     check_forward(OP, args)
     check_gradients(OP, args)
 

@@ -305,7 +305,6 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(
   c.require(mode == "key" || mode == "weight", "dropout_mode", "key or weight", mode);
   args.drops_weights = mode == "weight" && args.drop_below > 0;
   args.kept_scale = args.drops_weights ? 1 / (1 - dropout_p) : 1;
-  if (args.drops_weights && c.on_cuda()) c.not_implemented("dropout_mode weight on CUDA");
   if (args.sliding && c.on_cuda()) c.not_implemented("sliding attention of more than one step on CUDA");
   return t;
 }

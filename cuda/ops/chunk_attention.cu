@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       scratch.sums[part * kTile + Tile::row(r)] = sum;
     }
   }
+  if (args.drops_weights) set_dropped(tile, args, at, A(0));
   typename Tile::Weight* weights = scratch.weights + index * kTile * kTile;
   tile.template for_packs<typename Tile::Weight>(
       [&](int r, int c, const auto& pack) { store(weights + r * kTile + c, pack); });
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       sum += sums[i] * exp(maxima[i] - shift);
     }
     maximum[threadIdx.x] = shift;
-    inverse[threadIdx.x] = sum == 0 ? A(0) : A(1) / sum;
+    inverse[threadIdx.x] = sum == 0 ? A(0) : static_cast<A>(args.kept_scale) / sum;
     const int64_t place = query + threadIdx.x;
     if (blockIdx.x == 0 && place < end) {
       static_cast<A*>(args.lse)[chunk.statistic + place] = best + log(sum);

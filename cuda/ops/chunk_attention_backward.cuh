@@ -102,6 +102,15 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   const int64_t offset = (blockIdx.y * scratch.query_tiles + blockIdx.x) * kTile * kTile;
   Weight* P = scratch.P + offset;
   Weight* dS = scratch.dS + offset;
+  if (args.drops_weights) {  // all of them are needed once more, where dS will be
+    tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(dS + r * kTile + c, pack); });
+    set_dropped(tile, args, at, A(0));
+    UNROLL
+    for (int r = 0; r < Tile::kRows; ++r) {
+      UNROLL
+      for (int c = 0; c < Tile::kColumns; ++c) tile.sum[r][c] *= static_cast<A>(args.kept_scale);
+    }
+  }
   tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(P + r * kTile + c, pack); });
   sync_warp();  // the weights are there: lanes that share a row have stored each other's
   tile.clear();
@@ -115,10 +124,16 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     for (int c = 0; c < Tile::kColumns; c += Tile::kRun) {
       // Back from memory: the registers had to hold the second product.
       const auto weights = load<Tile::kRun>(P + row * kTile + Tile::column(c));
+      const auto all = args.drops_weights ? load<Tile::kRun>(dS + row * kTile + Tile::column(c)) : weights;
       UNROLL
       for (int i = 0; i < Tile::kRun; ++i) {
         const A p = widen(weights.v[i]);
-        tile.sum[r][c + i] = p == 0 ? p : p * (tile.sum[r][c + i] - D);
+        A& sum = tile.sum[r][c + i];
+        if (args.drops_weights) {
+          sum = (p == 0 ? p : p * sum) - widen(all.v[i]) * D;
+        } else {
+          sum = p == 0 ? p : p * (sum - D);
+        }
       }
     }
   }

@@ -107,6 +107,23 @@ DEVICE unsigned dropped_keys(const ChunkAttention& args, const Chunk& chunk, uin
   return bits >> skipped & ((1u << n) - 1);
 }
 
+// Sets the tile's numbers to `value` where the key is dropped.
+template <class Tile>
+DEVICE void set_dropped(Tile& tile, const ChunkAttention& args, const ScoreTile& at, typename Tile::Sum value) {
+  // First the draws, as bits: the loop around them need not be unrolled.
+  static_assert(Tile::kRows * Tile::kColumns <= 64);
+  uint64_t dropped = 0;
+  for (int n = Tile::kRows * Tile::kColumns - Tile::kRun; n >= 0; n -= Tile::kRun) {
+    const auto i = static_cast<uint32_t>(at.query + Tile::row(n / Tile::kColumns));
+    const auto j = static_cast<uint32_t>(at.key + Tile::column(n % Tile::kColumns));
+    dropped = dropped << Tile::kRun | dropped_keys<Tile::kRun>(args, at.chunk, at.chunk.start + j, at.chunk.start + i);
+  }
+  UNROLL
+  for (int n = 0; n < Tile::kRows * Tile::kColumns; ++n) {
+    if (dropped >> n & 1) tile.sum[n / Tile::kColumns][n % Tile::kColumns] = value;
+  }
+}
+
 // Sets the scores of the keys that a query does not see to -infinity.
 template <class Tile>
 DEVICE void hide_keys(Tile& tile, const ChunkAttention& args, const ScoreTile& at) {
@@ -122,19 +139,7 @@ DEVICE void hide_keys(Tile& tile, const ChunkAttention& args, const ScoreTile& a
       }
     }
   }
-  if (args.drop_below == 0) return;
-  // First the draws, as bits: the loop around them need not be unrolled.
-  static_assert(Tile::kRows * Tile::kColumns <= 64);
-  uint64_t dropped = 0;
-  for (int n = Tile::kRows * Tile::kColumns - Tile::kRun; n >= 0; n -= Tile::kRun) {
-    const auto i = static_cast<uint32_t>(at.query + Tile::row(n / Tile::kColumns));
-    const auto j = static_cast<uint32_t>(at.key + Tile::column(n % Tile::kColumns));
-    dropped = dropped << Tile::kRun | dropped_keys<Tile::kRun>(args, at.chunk, at.chunk.start + j, at.chunk.start + i);
-  }
-  UNROLL
-  for (int n = 0; n < Tile::kRows * Tile::kColumns; ++n) {
-    if (dropped >> n & 1) tile.sum[n / Tile::kColumns][n % Tile::kColumns] = lowest;
-  }
+  if (args.drop_below != 0 && !args.drops_weights) set_dropped(tile, args, at, lowest);
 }
 
 // The tile into rows `begin` .. end - 1 of a chunk's tensor, from column `column` of `columns` on.

@@ -402,7 +402,7 @@ def chunk_attention(
             caches then hold the last C steps before this call, step p in slot p % C. On a GPU not
             implemented yet for more than one step.
         dropout_mode: "key" drops keys before the softmax (DropKey); "weight" weights after it, of
-            which the others are divided by 1 - dropout_p (on a GPU not implemented yet).
+            which the others are divided by 1 - dropout_p.
 
     Returns:
         o (B, L, H, E) like v. A row with every key dropped is 0. Differentiable in q, k, v and the

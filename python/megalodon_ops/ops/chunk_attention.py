@@ -89,6 +89,8 @@ def _samples(make: Maker) -> Iterator[Sample]:
         "caches and dropout",
         (*inputs(2, 7, 3, 2, 3), 6, 0.5, 99, None, *caches(2, 6, 3, 2, 3), make.ints(4, 12)),
     )
+    weights = (*inputs(1, 70, 2, 6, 5), 64, 0.25, -7, None, None, None, None, False, "weight")
+    yield Sample("dropout of weights", weights)
     bounds = make.bounds(1, 0, 9, 4, dtype=torch.int32)
     yield Sample("packed", (*inputs(1, 14, 2, 8, 12), 4, 0.0, 0, bounds, None, None, None))
     yield Sample(
