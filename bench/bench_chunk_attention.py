@@ -1,5 +1,8 @@
-"""chunk_attention against torch's scaled_dot_product_attention on whole chunks."""
+"""chunk_attention against torch's scaled_dot_product_attention on whole chunks; packed segments
+against the same tokens as one row.
+"""
 
+from itertools import accumulate, cycle, takewhile
 from typing import Any
 
 import pytest
@@ -46,4 +49,42 @@ def test_chunk_attention(
         backward=backward,
         floor="fma",
         peers={"sdpa": _sdpa},
+    )
+
+
+LENGTHS = (1024, 96, 513, 17, 2048, 256, 1, 141)  # of segments, again and again: 512 on average
+
+
+def _unpacked(q: Tensor, k: Tensor, v: Tensor, C: int, *_: Any) -> Tensor:
+    o: Tensor = OP.overload(q, k, v, C)[0]
+    return o
+
+
+def _packed(dtype: torch.dtype, L: int, H: int, S: int, E: int, C: int) -> tuple[Any, ...]:
+    ends = takewhile(lambda end: end < L, accumulate(cycle(LENGTHS)))
+    bounds = torch.tensor([0, *ends, L])
+    return *_arguments(dtype, 1, L, H, S, E, C), 0.0, 0, bounds
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("H", "S", "E"), [(1, 256, 2048), (8, 64, 64)], ids=["mega", "S64"])
+@pytest.mark.parametrize("size", sizes((1, 4096, 0)), ids=str)
+def test_packed(
+    benchmark: Any,
+    size: tuple[int, int, int],
+    H: int,
+    S: int,
+    E: int,
+    dtype: torch.dtype,
+    backward: bool,
+) -> None:
+    measure(
+        benchmark,
+        OP,
+        _packed(dtype, size[0] * size[1], H, S, E, 2048),
+        _packed(dtype, 200, H, S, E, 128),
+        backward=backward,
+        floor="fma",
+        peers={"unpacked": _unpacked},
     )

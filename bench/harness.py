@@ -219,9 +219,11 @@ def measure(
     best = min(others, key=lambda name: statistics.median(times[name]), default=None)
     tenths = statistics.quantiles(times["ours"], n=10)
     shapes = next(tuple(a.shape) for a in args if isinstance(a, Tensor))
+    named = {argument.name: value for argument, value in zip(op.arguments, args, strict=False)}
+    packed = " packed" if named.get("cu_seqlens") is not None else ""
     row = Row(
         op=op.name,
-        shape="x".join(map(str, shapes)),
+        shape="x".join(map(str, shapes)) + packed,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         direction="forward+backward" if backward else "forward",

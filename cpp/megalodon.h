@@ -171,31 +171,38 @@ MEGALODON_API int megalodon_cema_backward(const DLTensor* dy, const DLTensor* dh
 
 /* chunk_attention: causal softmax attention inside chunks of chunk_size tokens, nothing across chunks; scores unscaled.
  * q, k (B, L, H, S); v, o (B, L, H, E); lse (B, H, L). Token 0 of row b stands at position[b]; the tokens of its chunk
- * that came before are k_cache (B, C, H, S), v_cache (B, C, H, E), [:, :position % C]; the three all or none. DropKey
- * with dropout_p and seed. */
+ * that came before are k_cache (B, C, H, S), v_cache (B, C, H, E), [:, :position % C]; the three all or none. Dropout
+ * of keys with dropout_p and seed. With cu_seqlens (segments + 1) B is 1 and the segments of the row are what rows are
+ * otherwise, also in the caches and position. sliding (0 or 1): attention to the chunk_size tokens up to and including
+ * each; the caches then hold as many before token 0, position p in slot p % chunk_size.
+ * dropout_mode: "key", before the softmax, or "weight", after it. */
 MEGALODON_API int megalodon_chunk_attention_forward_outputs(const DLTensor* q, const DLTensor* k, const DLTensor* v,
                                                             int64_t chunk_size, double dropout_p, int64_t seed,
                                                             const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                             const DLTensor* v_cache, const DLTensor* position,
+                                                            int64_t sliding, const char* dropout_mode,
                                                             megalodon_spec* outputs);
 MEGALODON_API int megalodon_chunk_attention_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
                                                     int64_t chunk_size, double dropout_p, int64_t seed,
                                                     const DLTensor* cu_seqlens, const DLTensor* k_cache,
-                                                    const DLTensor* v_cache, const DLTensor* position, DLTensor* o,
-                                                    DLTensor* lse, DLTensor* workspace, void* stream);
+                                                    const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
+                                                    const char* dropout_mode, DLTensor* o, DLTensor* lse,
+                                                    DLTensor* workspace, void* stream);
 MEGALODON_API int megalodon_chunk_attention_backward_outputs(const DLTensor* dout, const DLTensor* q, const DLTensor* k,
                                                              const DLTensor* v, const DLTensor* o, const DLTensor* lse,
                                                              int64_t chunk_size, double dropout_p, int64_t seed,
                                                              const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                              const DLTensor* v_cache, const DLTensor* position,
+                                                             int64_t sliding, const char* dropout_mode,
                                                              megalodon_spec* outputs);
 MEGALODON_API int megalodon_chunk_attention_backward(const DLTensor* dout, const DLTensor* q, const DLTensor* k,
                                                      const DLTensor* v, const DLTensor* o, const DLTensor* lse,
                                                      int64_t chunk_size, double dropout_p, int64_t seed,
                                                      const DLTensor* cu_seqlens, const DLTensor* k_cache,
-                                                     const DLTensor* v_cache, const DLTensor* position, DLTensor* dq,
-                                                     DLTensor* dk, DLTensor* dv, DLTensor* dk_cache, DLTensor* dv_cache,
-                                                     DLTensor* workspace, void* stream);
+                                                     const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
+                                                     const char* dropout_mode, DLTensor* dq, DLTensor* dk, DLTensor* dv,
+                                                     DLTensor* dk_cache, DLTensor* dv_cache, DLTensor* workspace,
+                                                     void* stream);
 
 /* chunk_attention_step: writes k (B, H, S), v (B, H, E) to slot position[b] % chunk_size of k_cache (B, C, H, S),
  * v_cache (B, C, H, E) and attends with q (B, H, S) to that slot and those below; sliding (0 or 1): to the last

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import golden
+import packing
 import pytest
 import torch
 from backend import BACKEND, values_are_read
@@ -45,6 +46,7 @@ def test_golden(isa: str, case: Case, dtype: torch.dtype) -> None:
     C=st.sampled_from([1, 2, 3, 16, 63, 64, 65, 100, 128, 129, 300]),
     starts=st.none() | st.lists(st.integers(0, 10**6), min_size=2, max_size=2),
     dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+    mode=st.sampled_from(["key", "weight"]),
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shape(
@@ -57,6 +59,7 @@ def test_any_shape(
     C: int,
     starts: list[int] | None,
     dropout_p: float,
+    mode: str,
     dtype: torch.dtype,
 ) -> None:
     make = Maker(dtype, seed=1)
@@ -64,7 +67,7 @@ def test_any_shape(
     if starts is not None:
         position = torch.tensor(starts[:B], dtype=torch.int64)
         caches = make.activation(B, C, H, S), make.activation(B, C, H, E), position
-    args = (*qkv(dtype, B, L, H, S, E), C, dropout_p, 5, None, *caches)
+    args = (*qkv(dtype, B, L, H, S, E), C, dropout_p, 5, None, *caches, False, mode)
     check_forward(OP, args)
     check_gradients(OP, args)
 
@@ -84,6 +87,7 @@ def test_around_a_chunk(isa: str, C: int, extra: int, start: int | None) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["key", "weight"])
 @pytest.mark.parametrize(
     ("L", "C", "starts", "S", "E", "dropout_p"),
     [
@@ -104,18 +108,92 @@ def test_tile_edges(
     S: int,
     E: int,
     dropout_p: float,
+    mode: str,
     dtype: torch.dtype,
 ) -> None:
     """Around the GPU's tile sizes, with S and E that allow 16-byte accesses, but for one."""
+    if mode == "weight" and dropout_p == 0:
+        pytest.skip("drops nothing")
     make = Maker(dtype, seed=1)
     caches: tuple[Tensor | None, ...] = (None, None, None)
     if starts is not None:
         position = torch.tensor(starts)
         caches = make.activation(2, C, 1, S), make.activation(2, C, 1, E), position
     B = 1 if starts is None else 2
-    args = (*qkv(dtype, B, L, 1, S, E), C, dropout_p, 5, None, *caches)
+    args = (*qkv(dtype, B, L, 1, S, E), C, dropout_p, 5, None, *caches, False, mode)
     check_forward(OP, args)
     check_gradients(OP, args)
+
+
+@given(
+    lengths=packing.LENGTHS,
+    H=st.integers(1, 3),
+    S=st.integers(0, 12),
+    E=st.integers(0, 20),
+    C=st.sampled_from([1, 3, 16, 32, 64, 100]),
+    starts=st.none() | st.lists(st.integers(0, 200), min_size=7, max_size=7),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+    dtype=st.sampled_from(DTYPES),
+    bounds_dtype=packing.BOUNDS_DTYPES,
+)
+def test_packed_rows(
+    isa: str,
+    lengths: list[int],
+    H: int,
+    S: int,
+    E: int,
+    C: int,
+    starts: list[int] | None,
+    dropout_p: float,
+    dtype: torch.dtype,
+    bounds_dtype: torch.dtype,
+) -> None:
+    make = Maker(dtype, seed=1)
+    n = len(lengths)
+    caches: tuple[Tensor | None, ...] = (None, None, None)
+    if starts is not None:
+        caches = make.activation(n, C, H, S), make.activation(n, C, H, E), make.ints(*starts[:n])
+    bounds = make.bounds(*lengths, dtype=bounds_dtype)
+    args = (*qkv(dtype, 1, sum(lengths), H, S, E), C, dropout_p, 5, bounds, *caches)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "C"),
+    [((300,), 128), ((1, 299, 0, 5), 300), ((130, 70, 257, 3), 200), ((64, 65, 128, 129), 512)],
+    ids=str,
+)
+def test_long_segments(lengths: tuple[int, ...], C: int, cached: bool, dtype: torch.dtype) -> None:
+    """Of several tiles and chunks, which begin where no tile of the whole row does."""
+    make = Maker(dtype, seed=1)
+    n, H, S, E = len(lengths), 2, 8, 16
+    caches: tuple[Tensor | None, ...] = (None, None, None)
+    if cached:
+        starts = make.ints(*(C - 1, 70, 3, 2 * C + 64)[:n])
+        caches = make.activation(n, C, H, S), make.activation(n, C, H, E), starts
+    args = (*qkv(dtype, 1, sum(lengths), H, S, E), C, 0.2, 5, make.bounds(*lengths), *caches)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("C", [8, 2048])
+def test_many_segments(C: int) -> None:
+    """Equal to rows of a batch, as which they would be too many for the reference."""
+    n, size = (300 if BACKEND else 10_000), 3
+    leaves = [t.requires_grad_() for t in qkv(F64, n, size, 1, 2, 3)]
+    rows, row_lse = OP.overload(*leaves, C)
+    packed = [t.flatten(0, 1)[None] for t in leaves]
+    o, lse = OP.overload(*packed, C, 0.0, 0, torch.arange(0, n * size + 1, size))
+    assert torch.equal(o.view_as(rows), rows)
+    assert torch.equal(lse[0].view(1, n, size).transpose(0, 1), row_lse)
+    weight = torch.arange(rows.numel(), dtype=F64).sin().view_as(rows)
+    want = torch.autograd.grad((rows * weight).sum(), leaves)
+    got = torch.autograd.grad((o.view_as(rows) * weight).sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @given(
@@ -158,7 +236,7 @@ def test_cache_gradients_of_empty_keys_or_rows_are_written() -> None:
         o, lse = OP.overload(q, k, v, 8, 0.0, 0, None, *caches)
         out = tuple(torch.full_like(t, math.nan) for t in (q, k, v, *caches[:2]))
         kernels.chunk_attention_backward(
-            torch.ones_like(o), q, k, v, o, lse, 8, 0.0, 0, None, *caches, out=out
+            torch.ones_like(o), q, k, v, o, lse, 8, 0.0, 0, None, *caches, False, "key", out=out
         )
         assert all(t.isfinite().all() for t in out)
 
@@ -309,9 +387,20 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         chunk_attention(**{**ARGUMENTS, **change})
 
 
-def test_packed_rows_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="chunk_attention: cu_seqlens"):
-        OP.overload(*ARGUMENTS.values(), 0.0, 0, torch.tensor([0, 3]))
+@values_are_read
+@pytest.mark.parametrize(("bounds", "error", "message"), packing.BAD_BOUNDS)
+def test_bad_bounds(bounds: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"chunk_attention: .*{message}"):
+        chunk_attention(*qkv(torch.float32, 1, 6, 2, 4, 5), 4, cu_seqlens=bounds)
+
+
+def test_states_of_packed_rows_belong_to_segments() -> None:
+    args = qkv(torch.float32, 1, 6, 2, 4, 5)
+    bounds = torch.tensor([0, 2, 6])
+    with pytest.raises(ValueError, match=r"chunk_attention: k_cache must be \[segments, C, H, S\]"):
+        chunk_attention(*args, 4, **CACHES | {"k_cache": torch.ones(1, 4, 2, 4)}, cu_seqlens=bounds)
+    with pytest.raises(ValueError, match=r"chunk_attention: q must be one packed row"):
+        chunk_attention(**ARGUMENTS, cu_seqlens=torch.tensor([0, 3]))
 
 
 def test_position_without_caches_is_refused() -> None:

@@ -57,10 +57,10 @@ inline VecU32 lane_numbers() {
   return lanes;
 }
 
-// scores[keys, columns]: row j0 + r, with the queries i0 .. as columns; columns a multiple of kPhiloxLanes.
-template <class A>
-void drop_columns(const DropKey& drop, uint32_t j0, int64_t keys, uint32_t i0, int64_t columns, A* scores) {
-  constexpr A kDropped = -std::numeric_limits<A>::infinity();
+// Calls body(r, c, words) with the words of key j0 + r and the kPhiloxLanes queries from i0 + c on, for all keys and
+// columns; columns a multiple of kPhiloxLanes.
+template <class Body>
+void draw_columns(const DropKey& drop, uint32_t j0, int64_t keys, uint32_t i0, int64_t columns, Body&& body) {
   for (int64_t c = 0; c < columns; c += kPhiloxLanes) {
     const VecU32 i = lane_numbers() + i0 + static_cast<uint32_t>(c);
     for (int64_t r = -static_cast<int64_t>(j0 & 3); r < keys; r += 4) {
@@ -70,11 +70,38 @@ void drop_columns(const DropKey& drop, uint32_t j0, int64_t keys, uint32_t i0, i
         if (r + w < 0 || r + w >= keys) continue;
         uint32_t word[kPhiloxLanes];
         std::memcpy(word, &words[w], sizeof word);
-        A* row = scores + (r + w) * columns + c;
-        for (int lane = 0; lane < kPhiloxLanes; ++lane) row[lane] = word[lane] < drop.below ? kDropped : row[lane];
+        body(r + w, c, word);
       }
     }
   }
+}
+
+// scores[keys, columns]: row j0 + r, with the queries i0 .. as columns.
+template <class A>
+void drop_columns(const DropKey& drop, uint32_t j0, int64_t keys, uint32_t i0, int64_t columns, A* scores) {
+  constexpr A kDropped = -std::numeric_limits<A>::infinity();
+  draw_columns(drop, j0, keys, i0, columns, [&](int64_t r, int64_t c, const uint32_t* words) {
+    A* row = scores + r * columns + c;
+    for (int lane = 0; lane < kPhiloxLanes; ++lane) row[lane] = words[lane] < drop.below ? kDropped : row[lane];
+  });
+}
+
+// A bit for every query of at most 32: whether it drops key j0 + r.
+inline void drop_bits(const DropKey& drop, uint32_t j0, int64_t keys, uint32_t i0, int64_t columns, uint32_t* bits) {
+  draw_columns(drop, j0, keys, i0, columns, [&](int64_t r, int64_t c, const uint32_t* words) {
+    uint32_t row = c == 0 ? 0 : bits[r];
+    for (int lane = 0; lane < kPhiloxLanes; ++lane) row |= uint32_t{words[lane] < drop.below} << (c + lane);
+    bits[r] = row;
+  });
+}
+
+// v, but 0 in the lanes whose bit is set.
+template <class A>
+inline Vec<A> without(Vec<A> v, uint32_t bits) {
+  using Lanes = std::conditional_t<sizeof(A) == 4, VecI32, VecI64>;
+  Lanes lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return ((Lanes{} + static_cast<int32_t>(bits)) >> lane & 1) != 0 ? Vec<A>{} : v;
 }
 
 template <int... lane>

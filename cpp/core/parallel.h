@@ -51,20 +51,4 @@ MEGALODON_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return ceil_div(n, multiple) * multiple;
 }
 
-// Items of unequal work dealt to slots, so that slots have about equal work: a slot takes one item of every round, from
-// alternate ends. The parallel loop runs over slots and a body uses the scratch of the first slot of its range: scratch
-// is bounded where items are not.
-struct Deal {
-  static constexpr int64_t kMaxSlots = 64;
-  int64_t items;
-  int64_t slots;
-
-  static constexpr Deal of(int64_t items) { return {items, items < kMaxSlots ? items : kMaxSlots}; }
-  constexpr int64_t rounds() const { return slots == 0 ? 0 : (items + slots - 1) / slots; }
-  // The item, or one >= items in the last round: none.
-  constexpr int64_t item(int64_t round, int64_t slot) const {
-    return round * slots + (round % 2 == 0 ? slot : slots - 1 - slot);
-  }
-};
-
 }  // namespace megalodon

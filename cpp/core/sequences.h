@@ -68,6 +68,21 @@ struct Sequences {
     return packed ? last_of([&](int64_t j) { return begin(j) <= token; }) : token / length;
   }
 
+  // The last sequence for which `holds`, which holds up to some sequence; 0 if it holds for none.
+  template <class Holds>
+  MEGALODON_HOST_DEVICE int64_t last_of(Holds&& holds) const {
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      if (holds(middle)) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
  private:
   MEGALODON_HOST_DEVICE Piece piece_of(int64_t i, int64_t index, int64_t size) const {
     if (i >= count) return {count, 0, tokens(), tokens(), false, true};
@@ -84,20 +99,6 @@ struct Sequences {
   }
   MEGALODON_HOST_DEVICE constexpr int64_t clamped(int64_t value, int64_t least) const {
     return value < least ? least : value > length ? length : value;
-  }
-  // The last sequence for which `holds`, which holds up to some sequence; 0 if it holds for none.
-  template <class Holds>
-  MEGALODON_HOST_DEVICE int64_t last_of(Holds&& holds) const {
-    int64_t low = 0, high = count;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      if (holds(middle)) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
   }
 };
 

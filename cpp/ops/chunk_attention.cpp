@@ -22,43 +22,45 @@
 #include "core/rows.h"
 #include "ops/chunk_attention_backward.h"
 #include "ops/chunk_attention_forward.h"
+#include "ops/chunk_attention_items.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
+// The memory of a workspace behind the items.
+template <class A>
+A* numbers_after_items(const ChunkAttention& args, void* workspace) {
+  return reinterpret_cast<A*>(static_cast<ChunkItem*>(workspace) + args.items);
+}
+
 template <class T>
 void forward(const ChunkAttentionForward& args) {
   using A = stat_t<T>;
-  parallel_for(args.deal.slots, 1, [&](int64_t begin, int64_t end) {
-    A* scratch = static_cast<A*>(args.workspace) + begin * args.scratch;
-    for (int64_t round = 0; round < args.deal.rounds(); ++round) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        const int64_t item = args.deal.item(round, slot);
-        if (item >= args.deal.items) continue;
-        const int64_t tile = item % args.tiles, c = item / args.tiles % args.chunks;
-        const Chunk chunk = chunk_of(args, item / args.tiles / args.chunks, c);
-        if (tile * args.queries < chunk.queries()) ForwardTile<T>(args, chunk, tile, scratch).run();
-      }
-    }
+  const Items items(args, chunk_of_queries, args.workspace,
+                    [&](const Chunk& chunk, auto&& add) { for_query_tiles(args, chunk, add); });
+  A* scratch = numbers_after_items<A>(args, args.workspace);
+  parallel_for(args.slots, 1, [&](int64_t begin, int64_t end) {
+    items.for_each(begin, end, [&](const Chunk& chunk, int64_t, int64_t tile) {
+      ForwardTile<T>(args, chunk, tile, scratch + begin * args.scratch).run();
+    });
   });
 }
 
 // D = sum over e of do o, for every token and head.
 template <class T>
-void multiply_outputs(const ChunkAttentionBackward& args) {
+void multiply_outputs(const ChunkAttentionBackward& args, stat_t<T>* D) {
   using A = stat_t<T>;
   const auto* dout = static_cast<const T*>(args.dout);
   const auto* o = static_cast<const T*>(args.o);
-  auto* D = static_cast<A*>(args.workspace);
-  parallel_for(args.B * args.L, grain_of_rows(args.H * args.E), [&](int64_t begin, int64_t end) {
-    for (int64_t bt = begin; bt < end; ++bt) {
+  parallel_for(args.sequences.tokens(), grain_of_rows(args.H * args.E), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
       for (int64_t h = 0; h < args.H; ++h) {
-        const int64_t row = (bt * args.H + h) * args.E;
+        const int64_t row = (t * args.H + h) * args.E;
         Vec<A> sum = {};
         for (int64_t e = 0; e < args.E; e += kLanes<A>) {
           sum = load(dout + row + e, args.E - e) * load(o + row + e, args.E - e) + sum;
         }
-        D[(bt / args.L * args.H + h) * args.L + bt % args.L] = sum_lanes<A>(sum);
+        D[args.statistic(t, h)] = sum_lanes<A>(sum);
       }
     }
   });
@@ -66,22 +68,26 @@ void multiply_outputs(const ChunkAttentionBackward& args) {
 
 // dq = the sum of the groups' partial sums that reach the token, in order.
 template <class T>
-void add_groups(const ChunkAttentionBackward& args) {
+void add_groups(const ChunkAttentionBackward& args, const stat_t<T>* partial) {
   using A = stat_t<T>;
-  const int64_t n = args.H * args.S, size = args.B * args.L * n;
-  const A* partial = static_cast<const A*>(args.workspace) + args.B * args.L * args.H;
-  parallel_for(args.B * args.L, grain_of_rows(n), [&](int64_t begin, int64_t end) {
-    for (int64_t bt = begin; bt < end; ++bt) {
-      const int64_t b = bt / args.L, t = bt % args.L;
-      const int64_t m = args.position == nullptr ? 0 : args.position[b] % args.C;
-      const Chunk chunk = chunk_of(args, b * args.H, (m + t) / args.C);
-      const int64_t tile = (t - chunk.token - chunk.first) / args.queries;
-      const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.queries) - 1;
-      const int64_t groups = std::min(args.groups, last / args.keys + 1);
+  const Sequences& sequences = args.sequences;
+  const int64_t n = args.H * args.S, size = sequences.tokens() * n;
+  parallel_for(sequences.tokens(), grain_of_rows(n), [&](int64_t begin, int64_t end) {
+    int64_t sequence = sequences.of_token(begin);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t groups = args.partials();  // sliding, those that do not reach it are 0
+      if (!args.sliding) {
+        while (t >= sequences.end(sequence)) ++sequence;
+        const int64_t m = args.position == nullptr ? 0 : args.position[sequence] % args.C;
+        const Chunk chunk = chunk_of(args, sequence, (m + t - sequences.begin(sequence)) / args.C, 0);
+        const int64_t tile = (t - chunk.token - chunk.first) / args.queries;
+        const int64_t last = std::min(chunk.keys, chunk.first + (tile + 1) * args.queries) - 1;
+        groups = std::min(args.groups, last / args.keys + 1);
+      }
       for (int64_t i = 0; i < n; i += kLanes<A>) {
-        Vec<A> sum = load(partial + bt * n + i, n - i);
-        for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + bt * n + i, n - i);
-        store(static_cast<T*>(args.dq) + bt * n + i, sum, n - i);
+        Vec<A> sum = load(partial + t * n + i, n - i);
+        for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + t * n + i, n - i);
+        store(static_cast<T*>(args.dq) + t * n + i, sum, n - i);
       }
     }
   });
@@ -90,25 +96,29 @@ void add_groups(const ChunkAttentionBackward& args) {
 template <class T>
 void backward(const ChunkAttentionBackward& args) {
   using A = stat_t<T>;
-  const int64_t rows = args.B * args.L * args.H;
+  const int64_t rows = args.sequences.tokens() * args.H;
   if (args.cached) {
-    std::memset(args.dk_cache, 0, args.B * args.C * args.H * args.S * sizeof(T));
-    std::memset(args.dv_cache, 0, args.B * args.C * args.H * args.E * sizeof(T));
+    std::memset(args.dk_cache, 0, args.sequences.count * args.C * args.H * args.S * sizeof(T));
+    std::memset(args.dv_cache, 0, args.sequences.count * args.C * args.H * args.E * sizeof(T));
   }
-  multiply_outputs<T>(args);
-  parallel_for(args.deal.slots, 1, [&](int64_t begin, int64_t end) {
-    A* scratch = static_cast<A*>(args.workspace) + rows + args.groups * rows * args.S + begin * args.scratch;
-    for (int64_t round = 0; round < args.deal.rounds(); ++round) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        const int64_t item = args.deal.item(round, slot);
-        if (item >= args.deal.items) continue;
-        const int64_t group = item % args.groups, c = item / args.groups % args.chunks;
-        const Chunk chunk = chunk_of(args, item / args.groups / args.chunks, c);
-        if (chunk.queries() > 0) BackwardTile<T>(args, chunk, group, scratch).run();
-      }
-    }
+  const Items items(args, chunk_of_keys, args.workspace,
+                    [&](const Chunk& chunk, auto&& add) { for_groups(args, chunk, add); });
+  A* D = numbers_after_items<A>(args, args.workspace);
+  A* partial = D + rows;
+  A* scratch = partial + args.partials() * rows * args.S;
+  multiply_outputs<T>(args, D);
+  if (args.sliding) {
+    parallel_for(args.partials() * rows * args.S, 1 << 16,
+                 [&](int64_t begin, int64_t end) { std::memset(partial + begin, 0, (end - begin) * sizeof(A)); });
+  }
+  parallel_for(args.slots, 1, [&](int64_t begin, int64_t end) {
+    items.for_each(begin, end, [&](const Chunk& chunk, int64_t c, int64_t group) {
+      const int64_t part = group + (args.sliding ? c % 2 * args.groups : 0);
+      A* dq = partial + part * rows * args.S;
+      BackwardTile<T>(args, chunk, group, D, dq, scratch + begin * args.scratch).run();
+    });
   });
-  add_groups<T>(args);
+  add_groups<T>(args, partial);
 }
 
 }  // namespace
@@ -141,24 +151,27 @@ extern "C" int megalodon_chunk_attention_forward_outputs(const DLTensor* q, cons
                                                          int64_t chunk_size, double dropout_p, int64_t seed,
                                                          const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                          const DLTensor* v_cache, const DLTensor* position,
+                                                         int64_t sliding, const char* dropout_mode,
                                                          megalodon_spec* outputs) {
   return guarded([&] {
     Checker c("chunk_attention");
-    check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position,
-                          Outputs(outputs));
+    check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position, sliding,
+                          dropout_mode, Outputs(outputs));
   });
 }
 
 extern "C" int megalodon_chunk_attention_forward(const DLTensor* q, const DLTensor* k, const DLTensor* v,
                                                  int64_t chunk_size, double dropout_p, int64_t seed,
                                                  const DLTensor* cu_seqlens, const DLTensor* k_cache,
-                                                 const DLTensor* v_cache, const DLTensor* position, DLTensor* o,
-                                                 DLTensor* lse, DLTensor* workspace, void* stream) {
+                                                 const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
+                                                 const char* dropout_mode, DLTensor* o, DLTensor* lse,
+                                                 DLTensor* workspace, void* stream) {
   return guarded([&] {
     Checker c("chunk_attention");
-    const ChunkAttentionForward args = check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                             k_cache, v_cache, position, {o, lse, workspace});
-    c.not_negative("position", args.position, args.B);
+    const ChunkAttentionForward args =
+        check_chunk_attention(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position, sliding,
+                              dropout_mode, {o, lse, workspace});
+    c.not_negative("position", args.position, args.sequences.count);
     run_on(c, args, cpu::chunk_attention_forward, cuda::chunk_attention_forward, stream);
   });
 }
@@ -168,11 +181,12 @@ extern "C" int megalodon_chunk_attention_backward_outputs(const DLTensor* dout, 
                                                           int64_t chunk_size, double dropout_p, int64_t seed,
                                                           const DLTensor* cu_seqlens, const DLTensor* k_cache,
                                                           const DLTensor* v_cache, const DLTensor* position,
+                                                          int64_t sliding, const char* dropout_mode,
                                                           megalodon_spec* outputs) {
   return guarded([&] {
     Checker c("chunk_attention_backward");
     check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache,
-                                   position, Outputs(outputs));
+                                   position, sliding, dropout_mode, Outputs(outputs));
   });
 }
 
@@ -180,15 +194,16 @@ extern "C" int megalodon_chunk_attention_backward(const DLTensor* dout, const DL
                                                   const DLTensor* v, const DLTensor* o, const DLTensor* lse,
                                                   int64_t chunk_size, double dropout_p, int64_t seed,
                                                   const DLTensor* cu_seqlens, const DLTensor* k_cache,
-                                                  const DLTensor* v_cache, const DLTensor* position, DLTensor* dq,
-                                                  DLTensor* dk, DLTensor* dv, DLTensor* dk_cache, DLTensor* dv_cache,
-                                                  DLTensor* workspace, void* stream) {
+                                                  const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
+                                                  const char* dropout_mode, DLTensor* dq, DLTensor* dk, DLTensor* dv,
+                                                  DLTensor* dk_cache, DLTensor* dv_cache, DLTensor* workspace,
+                                                  void* stream) {
   return guarded([&] {
     Checker c("chunk_attention_backward");
-    const ChunkAttentionBackward args =
-        check_chunk_attention_backward(c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache,
-                                       v_cache, position, {dq, dk, dv, dk_cache, dv_cache, workspace});
-    c.not_negative("position", args.position, args.B);
+    const ChunkAttentionBackward args = check_chunk_attention_backward(
+        c, dout, q, k, v, o, lse, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position, sliding,
+        dropout_mode, {dq, dk, dv, dk_cache, dv_cache, workspace});
+    c.not_negative("position", args.position, args.sequences.count);
     run_on(c, args, cpu::chunk_attention_backward, cuda::chunk_attention_backward, stream);
   });
 }

@@ -1,14 +1,20 @@
 // chunk_attention: causal softmax attention inside chunks of C tokens, nothing across chunks.
 //
-// Token t of row b stands at p = position[b] + t (position absent: 0), in chunk p / C at place r = p mod C. With the
+// Token t of sequence b, a row of a batch or a segment of a packed row, stands at p = position[b] + t (position absent:
+// 0), in chunk p / C at place r = p mod C. With the
 // unscaled scores s_ij = q_i . k_j over the keys j <= i of i's chunk that are not dropped,
 //   o_i = sum_j exp(s_ij - lse_i) v_j,   lse_i = log sum_j exp(s_ij);   without any key, o_i = 0 and lse_i = -inf.
 // The m = position[b] mod C keys of the first chunk that came before token 0 are k_cache[b, :m], v_cache[b, :m].
+// Sliding: over the keys i - C < j <= i instead, and the last C tokens before token 0 are in the caches, position p in
+// slot p mod C.
 // DropKey: with floor(dropout_p 2^32) = n, key j is dropped for query i iff word j & 3 of philox4x32-10(counter
-// (j >> 2, i, h, b), key seed) is below n; i, j here are the absolute positions p of the two, as uint32.
+// (j >> 2, i, h, b), key seed) is below n; i, j here are the absolute positions p of the two, as uint32. Or, in the
+// dropout mode "weight", it is the weight of j after the softmax, and the others are divided by 1 - dropout_p:
+//   o_i = sum_j W_ij v_j,   W_ij = P_ij / (1 - dropout_p) if j is not dropped, or 0.
 //
 // Gradients, with P_ij = exp(s_ij - lse_i) and D_i = sum_e do_ie o_ie:
-//   dS_ij = P_ij (do_i . v_j - D_i),  dv_j = sum_i P_ij do_i,  dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i.
+//   dS_ij = P_ij (do_i . v_j - D_i),  dv_j = sum_i P_ij do_i,  dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i,
+// and in the mode "weight" dS_ij = W_ij do_i . v_j - P_ij D_i,  dv_j = sum_i W_ij do_i.
 #pragma once
 
 #include <algorithm>
@@ -28,15 +34,25 @@ struct ChunkAttention {
   const void* q;            // [B, L, H, S]
   const void* k;            // [B, L, H, S]
   const void* v;            // [B, L, H, E]
-  const void* k_cache;      // [B, C, H, S], nullptr: none
-  const void* v_cache;      // [B, C, H, E], nullptr: none
-  const int64_t* position;  // [B], nullptr: 0
-  int64_t B, L, H, S, E, C;
+  const void* k_cache;      // [N, C, H, S], nullptr: none
+  const void* v_cache;      // [N, C, H, E], nullptr: none
+  const int64_t* position;  // [N], nullptr: 0
+  Sequences sequences;      // N: the B rows, or the segments where B = 1 and L is all tokens
+  int64_t H, S, E, C;
   int64_t seed;
   uint32_t drop_below;  // floor(dropout_p 2^32)
-  bool cached;          // whether there are caches; an empty one may have no memory
-  int64_t chunks;       // that a row's tokens may lie in
-  int64_t scratch;      // elements per slot; on the GPU bytes of weights
+  bool sliding;
+  bool drops_weights;  // dropout_p > 0 in the mode "weight"
+  double kept_scale;   // of the weights that are left: 1 / (1 - dropout_p) in that mode, or 1
+  bool cached;         // whether there are caches; an empty one may have no memory
+  int64_t items;       // CPU: of a head, at most
+  int64_t slots;       // CPU: that the items of all heads are shared among
+  int64_t scratch;     // CPU: elements per slot; GPU: bytes of weights
+
+  // The number of a token and head in lse [B, H, L].
+  MEGALODON_HOST_DEVICE constexpr int64_t statistic(int64_t token, int64_t h) const {
+    return (token / sequences.length * H + h) * sequences.length + token % sequences.length;
+  }
 };
 
 struct ChunkAttentionForward : ChunkAttention {
@@ -45,11 +61,9 @@ struct ChunkAttentionForward : ChunkAttention {
   static constexpr int64_t kMostQueries = 256;
   void* o;           // [B, L, H, E]
   void* lse;         // [B, H, L] stat
-  void* workspace;   // [deal.slots, scratch] stat; GPU: scratch
+  void* workspace;   // items, [slots, scratch] stat; GPU: scratch
   int64_t queries;   // of a tile
-  int64_t tiles;     // of queries, in a chunk
   int64_t key_rows;  // of a block, kKeys or the chunk's fewer
-  Deal deal;         // of the query tiles of all chunks and heads
 };
 
 struct ChunkAttentionBackward : ChunkAttention {
@@ -61,42 +75,112 @@ struct ChunkAttentionBackward : ChunkAttention {
   void* dq;          // [B, L, H, S]
   void* dk;          // [B, L, H, S]
   void* dv;          // [B, L, H, E]
-  void* dk_cache;    // [B, C, H, S], or [0] when k_cache is absent
-  void* dv_cache;    // [B, C, H, E], likewise
-  void* workspace;   // D [B, H, L], partial dq [groups, B, L, H, S], [deal.slots, scratch]; stat. GPU: scratch, D, dq
-  int64_t groups;    // that the key tiles of a chunk are dealt to, each with its own partial sum of dq; GPU: 1 if
-                     // a chunk's strips do not fit into the scratch together, or 0
-  int64_t keys;      // of a tile
-  int64_t queries;   // of a tile
-  Deal deal;         // of the groups of all chunks and heads
+  void* dk_cache;    // [N, C, H, S], or [0] when k_cache is absent
+  void* dv_cache;    // [N, C, H, E], likewise
+  void*
+      workspace;   // items; stat: D [B, H, L], partial dq [partials, B, L, H, S], [slots, scratch]. GPU: scratch, D, dq
+  int64_t groups;  // that the key tiles of a chunk are dealt to, each with its own partial sum of dq; GPU: 1 if dq
+                   // of a chunk may be summed over rounds, or 0
+  int64_t keys;    // of a tile
+  int64_t queries;  // of a tile
+
+  // Sliding, the queries of a block of keys are those of the next block, too: even and odd ones have their own sums.
+  constexpr int64_t partials() const { return groups * (1 + sliding); }
 };
 
 // Chunks that the tokens of a row may lie in, keys and queries that a chunk may have.
 static inline int64_t chunks_of(int64_t L, int64_t C, bool cached) { return L == 0 ? 0 : (L - 1) / C + 1 + cached; }
-static inline int64_t keys_of_chunk(int64_t L, int64_t C, bool cached) { return cached || L >= C ? C : L; }
-static inline int64_t queries_of_chunk(int64_t L, int64_t C) { return L < C ? L : C; }
+static inline int64_t keys_of_chunk(const ChunkAttention& args) {
+  if (args.sliding) return args.C - 1 + std::min(args.sequences.length, args.C);
+  return args.cached || args.sequences.length >= args.C ? args.C : args.sequences.length;
+}
+static inline int64_t queries_of_chunk(const ChunkAttention& args) { return std::min(args.sequences.length, args.C); }
+// Chunks of a head that the shapes allow, and how many there are if none is shorter than it must be, which decides how
+// finely they are divided: segments that make more and shorter ones of the tokens do not make more work.
+static inline int64_t most_chunks(const ChunkAttention& args) {
+  const Sequences& s = args.sequences;
+  return s.packed ? s.length / args.C + s.count * (1 + args.cached)
+                  : s.count * chunks_of(s.length, args.C, args.cached);
+}
+static inline int64_t whole_chunks(const ChunkAttention& args) {
+  const Sequences& s = args.sequences;
+  return s.packed ? ceil_div(s.length, args.C) : most_chunks(args);
+}
 
-// One chunk of one row and head. Places 0 .. keys - 1 are its keys; those below `first` came before this call, are in
-// the caches and are no queries.
+// One chunk of one sequence and head. Places 0 .. keys - 1 are its keys, first .. end - 1 its queries, of which the one
+// at place i sees the keys i - C < j <= i. Those below `cached` came before this call and are in the caches.
 struct Chunk {
-  int64_t b, h, first, keys;
-  int64_t token;   // place r is token `token + r` of the row
-  uint32_t start;  // the absolute position of place 0
-  MEGALODON_HOST_DEVICE constexpr int64_t queries() const { return keys > first ? keys - first : 0; }
+  int64_t sequence, h, cached, first, keys, end;
+  int64_t slot;       // of place 0 in the caches, which are rings
+  int64_t token;      // place r is token `token + r` of the batch
+  int64_t statistic;  // place r has number `statistic + r` in lse
+  uint32_t start;     // the absolute position of place 0
+  MEGALODON_HOST_DEVICE constexpr int64_t queries() const { return end > first ? end - first : 0; }
 };
 
-MEGALODON_HOST_DEVICE static inline Chunk chunk_of(const ChunkAttention& args, int64_t bh, int64_t c) {
+// Chunk c of sequence i, without queries if there is no such chunk.
+MEGALODON_HOST_DEVICE static inline Chunk chunk_of(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
   Chunk chunk{};
-  chunk.b = bh / args.H;
-  chunk.h = bh % args.H;
-  const int64_t position = args.position == nullptr ? 0 : args.position[chunk.b];
-  const int64_t m = position % args.C;
-  chunk.first = c == 0 ? m : 0;
-  chunk.token = c * args.C - m;
-  chunk.keys = args.C < args.L - chunk.token ? args.C : args.L - chunk.token;
+  chunk.sequence = i;
+  chunk.h = h;
+  const int64_t position = args.position == nullptr ? 0 : args.position[i];
+  const int64_t m = position % args.C, begin = args.sequences.begin(i), place = c * args.C - m;
+  const int64_t left = args.sequences.end(i) - begin - place;
+  chunk.first = chunk.cached = c == 0 ? m : 0;
+  chunk.keys = chunk.end = args.C < left ? args.C : left;
+  chunk.token = begin + place;
+  chunk.statistic = args.statistic(begin, h) + place;
   chunk.start = static_cast<uint32_t>(static_cast<uint64_t>(position - m + c * args.C));
   return chunk;
 }
+
+// Sliding: the chunk that begins with place `before` - C + 1 or 0 of a sequence whose places are the last C - 1 tokens
+// before this call, as far as there are any, and the call's tokens.
+static inline Chunk window_of(const ChunkAttention& args, int64_t i, int64_t h, int64_t place, int64_t cached) {
+  const int64_t position = args.position == nullptr ? 0 : args.position[i], begin = args.sequences.begin(i);
+  Chunk chunk{};
+  chunk.sequence = i;
+  chunk.h = h;
+  chunk.cached = std::max<int64_t>(cached - place, 0);
+  chunk.slot = (position - cached + place) % args.C;
+  chunk.token = begin - cached + place;
+  chunk.statistic = args.statistic(begin, h) - cached + place;
+  chunk.start = static_cast<uint32_t>(static_cast<uint64_t>(position - cached + place));
+  return chunk;
+}
+static inline int64_t cached_of(const ChunkAttention& args, int64_t i) {
+  return args.position == nullptr ? 0 : std::min(args.C - 1, args.position[i]);
+}
+
+// The c-th C queries of sequence i, with all keys they see.
+static inline Chunk chunk_of_queries(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
+  if (!args.sliding) return chunk_of(args, i, c, h);
+  const int64_t cached = cached_of(args, i), query = cached + c * args.C;
+  const int64_t place = std::max<int64_t>(query - args.C + 1, 0);
+  Chunk chunk = window_of(args, i, h, place, cached);
+  chunk.first = query - place;
+  const int64_t left = args.sequences.end(i) - chunk.token;
+  chunk.keys = chunk.end = std::min(chunk.first + args.C, left);
+  return chunk;
+}
+
+// The c-th C keys of sequence i, with all queries that see them.
+static inline Chunk chunk_of_keys(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
+  if (!args.sliding) return chunk_of(args, i, c, h);
+  Chunk chunk = window_of(args, i, h, c * args.C, cached_of(args, i));
+  const int64_t left = args.sequences.end(i) - chunk.token;
+  chunk.first = chunk.cached;
+  chunk.keys = std::min(args.C, left);
+  chunk.end = std::min(chunk.keys + args.C - 1, left);
+  return chunk;
+}
+
+// What a thread of the CPU does at a time: a part of the queries (backward: of the keys) of a chunk.
+struct ChunkItem {
+  int64_t sequence, chunk, part;
+  int64_t middle;  // of its work, among the work of all items of a head in a row
+};
+constexpr int64_t kMaxSlots = 64;
 
 // The GPU keeps the weights of a query tile (backward: of a key tile, twice) with all of its partners in the workspace,
 // as many strips of tiles at a time as this allows, but at least one.
@@ -107,6 +191,54 @@ constexpr int64_t kGpuScratch = 128 << 20;
 #endif
 
 constexpr int64_t kAlignment = 16;  // of the scratch, for which the workspace has room
+
+// The strips of the GPU's tiles in all chunks and heads: of `tile` queries, or keys, each. They are numbered without
+// knowing where sequences begin, those of a chunk one after another. Chunks of rows have `tiles` numbers each. Those of
+// packed sequences, which may be short, have as many as they need, and sequence i's begin at first(i): for every token
+// 1 / tile, for every chunk and for every sequence one more. Some numbers are left over.
+struct Strips {
+  struct Strip {
+    Chunk chunk;
+    int64_t tile;  // in the chunk, which may have none there
+  };
+  int64_t tile, tiles, per_head, count;
+  int64_t per_sequence;  // of a packed one: above those of its tokens and chunks
+  bool of_keys, packed;
+
+  static Strips of(const ChunkAttention& args, int64_t tile, bool of_keys) {
+    const Sequences& s = args.sequences;
+    Strips strips{};
+    strips.tile = tile;
+    strips.tiles = ceil_div(of_keys ? keys_of_chunk(args) : queries_of_chunk(args), tile);
+    strips.of_keys = of_keys;
+    strips.packed = s.packed;
+    // The first chunk of a packed sequence may have keys in the cache.
+    strips.per_sequence = s.packed ? 1 + (args.cached ? (of_keys ? strips.tiles : 1) : 0)
+                                   : chunks_of(s.length, args.C, args.cached) * strips.tiles;
+    strips.per_head = s.count * strips.per_sequence + (s.packed ? s.length / tile + s.length / args.C : 0);
+    strips.count = s.length == 0 ? 0 : args.H * strips.per_head;
+    return strips;
+  }
+
+  MEGALODON_HOST_DEVICE int64_t first(const ChunkAttention& args, int64_t i) const {
+    const int64_t begin = packed ? args.sequences.begin(i) : 0;
+    return begin / tile + begin / args.C + i * per_sequence;
+  }
+
+  MEGALODON_HOST_DEVICE Strip at(const ChunkAttention& args, int64_t number) const {
+    const int64_t h = number / per_head, n = number % per_head;
+    const int64_t i =
+        packed ? args.sequences.last_of([&](int64_t j) { return first(args, j) <= n; }) : n / per_sequence;
+    const int64_t index = n - first(args, i);
+    Chunk chunk = chunk_of(args, i, 0, h);
+    const int64_t of_first = packed ? ceil_div(of_keys ? chunk.keys : chunk.queries(), tile) : tiles;
+    if (index < of_first) {
+      if (index < 0) chunk.keys = 0;  // wrong bounds of segments
+      return {chunk, index};
+    }
+    return {chunk_of(args, i, 1 + (index - of_first) / tiles, h), (index - of_first) % tiles};
+  }
+};
 
 // The side of the GPU's tiles.
 constexpr int64_t gpu_tile(DType dtype, int64_t queries) {
@@ -123,15 +255,15 @@ struct ChunkAttentionTensors {
   Tensor q, k, v, k_cache, v_cache, position;
 };
 
-static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, const DLTensor* q_in, const DLTensor* k_in,
-                                                                 const DLTensor* v_in, int64_t chunk_size,
-                                                                 double dropout_p, int64_t seed,
-                                                                 const DLTensor* cu_seqlens, const DLTensor* k_cache_in,
-                                                                 const DLTensor* v_cache_in,
-                                                                 const DLTensor* position_in, ChunkAttention& args) {
+static inline ChunkAttentionTensors check_chunk_attention_inputs(
+    Checker& c, const DLTensor* q_in, const DLTensor* k_in, const DLTensor* v_in, int64_t chunk_size, double dropout_p,
+    int64_t seed, const DLTensor* cu_seqlens, const DLTensor* k_cache_in, const DLTensor* v_cache_in,
+    const DLTensor* position_in, int64_t sliding, const char* dropout_mode, ChunkAttention& args) {
   ChunkAttentionTensors t;
   t.q = c.activation("q", q_in, {any("B"), any("L"), any("H"), any("S")});
   const Dim B = t.q.dim(0, "B"), L = t.q.dim(1, "L"), H = t.q.dim(2, "H"), S = t.q.dim(3, "S");
+  args.sequences = c.sequences(t.q, cu_seqlens);
+  const Dim N = c.rows_of(t.q, args.sequences);
   t.k = c.like("k", k_in, t.q);
   t.v = c.tensor("v", v_in, t.q.dtype, {B, L, H, any("E")});
   const Dim E = t.v.dim(3, "E");
@@ -141,7 +273,6 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, con
     std::snprintf(text, sizeof text, "%g", dropout_p);
     c.fail(MEGALODON_VALUE_ERROR, "dropout_p", "at least 0 and below 1", text);
   }
-  c.no_cu_seqlens(cu_seqlens);
   const bool given = k_cache_in != nullptr;
   if ((v_cache_in != nullptr) != given || (position_in != nullptr) != given) {
     std::string got;
@@ -152,9 +283,9 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, con
     c.fail(MEGALODON_VALUE_ERROR, "k_cache, v_cache, position", "given all three or none", got + " only");
   }
   const Dim C{"C", chunk_size};
-  t.k_cache = c.optional("k_cache", k_cache_in, t.q.dtype, {B, C, H, S});
-  t.v_cache = c.optional("v_cache", v_cache_in, t.q.dtype, {B, C, H, E});
-  t.position = c.optional("position", position_in, DType::kInt64, {B});
+  t.k_cache = c.optional("k_cache", k_cache_in, t.q.dtype, {N, C, H, S});
+  t.v_cache = c.optional("v_cache", v_cache_in, t.q.dtype, {N, C, H, E});
+  t.position = c.optional("position", position_in, DType::kInt64, {N});
   args.dtype = t.q.dtype;
   args.q = t.q.data;
   args.k = t.k.data;
@@ -162,8 +293,6 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, con
   args.k_cache = t.k_cache.data;
   args.v_cache = t.v_cache.data;
   args.position = static_cast<const int64_t*>(t.position.data);
-  args.B = B.size;
-  args.L = L.size;
   args.H = H.size;
   args.S = S.size;
   args.E = E.size;
@@ -171,7 +300,12 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(Checker& c, con
   args.seed = seed;
   args.drop_below = static_cast<uint32_t>(std::floor(dropout_p * 4294967296.0));
   args.cached = given;
-  args.chunks = chunks_of(args.L, args.C, given);
+  args.sliding = sliding != 0;
+  const std::string mode = dropout_mode == nullptr ? "none" : dropout_mode;
+  c.require(mode == "key" || mode == "weight", "dropout_mode", "key or weight", mode);
+  args.drops_weights = mode == "weight" && args.drop_below > 0;
+  args.kept_scale = args.drops_weights ? 1 / (1 - dropout_p) : 1;
+  if (args.sliding && c.on_cuda()) c.not_implemented("sliding attention of more than one step on CUDA");
   return t;
 }
 
@@ -179,42 +313,44 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
                                                           const DLTensor* v, int64_t chunk_size, double dropout_p,
                                                           int64_t seed, const DLTensor* cu_seqlens,
                                                           const DLTensor* k_cache, const DLTensor* v_cache,
-                                                          const DLTensor* position, Outputs&& out) {
+                                                          const DLTensor* position, int64_t sliding,
+                                                          const char* dropout_mode, Outputs&& out) {
   ChunkAttentionForward args{};
   const ChunkAttentionTensors t = check_chunk_attention_inputs(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                               k_cache, v_cache, position, args);
+                                                               k_cache, v_cache, position, sliding, dropout_mode, args);
   const DType stat = stat_dtype(args.dtype);
   args.o = out.like(c, "o", t.v);
-  args.lse = out.next(c, "lse", stat, {args.B, args.H, args.L});
-  const int64_t keys = keys_of_chunk(args.L, args.C, args.cached);
-  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32), queries = queries_of_chunk(args.L, args.C);
-  // Large tiles read keys and values less often; small ones are enough for more threads.
-  const int64_t heads = args.B * args.H * args.chunks;
-  args.queries = heads * ceil_div(queries, args.kMostQueries) >= 32 ? args.kMostQueries : args.kMostQueries / 2;
-  args.queries = std::min(args.queries, round_up(queries, 32));
-  args.tiles = ceil_div(queries, std::max<int64_t>(args.queries, 1));
-  args.key_rows = keys < args.kKeys ? keys : args.kKeys;
-  args.deal = Deal::of(heads * args.tiles);
-  // Transposed queries; a block of keys, its scores, twice some columns of its values; the output.
-  args.scratch = args.queries * (Sp + Ep) + args.key_rows * (Sp + args.queries + std::min(2 * args.kColumns, Ep));
+  args.lse = out.next(c, "lse", stat, {t.q.shape[0], args.H, args.sequences.length});
+  const int64_t keys = keys_of_chunk(args), queries = queries_of_chunk(args);
   if (c.on_cuda()) {
-    const int64_t tile = gpu_tile(args.dtype, queries_of_chunk(args.L, args.C));
-    const int64_t strips = args.B * args.H * args.chunks * ceil_div(queries_of_chunk(args.L, args.C), tile);
-    args.scratch = gpu_scratch(strips, ceil_div(keys, tile) * tile * (tile + 2) * size_of(stat));
+    const Strips strips = Strips::of(args, gpu_tile(args.dtype, queries), false);
+    args.scratch = gpu_scratch(strips.count, round_up(keys, strips.tile) * (strips.tile + 2) * size_of(stat));
     args.workspace = out.workspace(c, args.scratch + kAlignment);
     return args;
   }
-  args.workspace = out.workspace(c, args.deal.slots * args.scratch * size_of(stat));
+  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32);
+  // Large tiles read keys and values less often; small ones are enough for more threads.
+  const int64_t chunks = args.H * whole_chunks(args);
+  args.queries = chunks * ceil_div(queries, args.kMostQueries) >= 32 ? args.kMostQueries : args.kMostQueries / 2;
+  args.queries = std::min(args.queries, round_up(queries, 32));
+  args.key_rows = keys < args.kKeys ? keys : args.kKeys;
+  args.items = most_chunks(args) + args.sequences.tokens() / std::max<int64_t>(args.queries, 1);
+  args.slots = std::min(args.H * args.items, kMaxSlots);
+  // Transposed queries; a block of keys, its scores, twice some columns of its values; the output.
+  args.scratch = args.queries * (Sp + Ep) + args.key_rows * (Sp + args.queries + std::min(2 * args.kColumns, Ep));
+  args.workspace =
+      out.workspace(c, args.items * int64_t{sizeof(ChunkItem)} + args.slots * args.scratch * size_of(stat));
   return args;
 }
 
 static inline ChunkAttentionBackward check_chunk_attention_backward(
     Checker& c, const DLTensor* dout_in, const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* o_in,
     const DLTensor* lse_in, int64_t chunk_size, double dropout_p, int64_t seed, const DLTensor* cu_seqlens,
-    const DLTensor* k_cache, const DLTensor* v_cache, const DLTensor* position, Outputs&& out) {
+    const DLTensor* k_cache, const DLTensor* v_cache, const DLTensor* position, int64_t sliding,
+    const char* dropout_mode, Outputs&& out) {
   ChunkAttentionBackward args{};
   const ChunkAttentionTensors t = check_chunk_attention_inputs(c, q, k, v, chunk_size, dropout_p, seed, cu_seqlens,
-                                                               k_cache, v_cache, position, args);
+                                                               k_cache, v_cache, position, sliding, dropout_mode, args);
   const DType stat = stat_dtype(args.dtype);
   const Tensor dout = c.like("dout", dout_in, t.v);
   const Tensor o = c.like("o", o_in, t.v);
@@ -227,33 +363,35 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   args.dv = out.like(c, "dv", t.v);
   args.dk_cache = out.gradient(c, "dk_cache", t.k_cache, args.dtype);
   args.dv_cache = out.gradient(c, "dv_cache", t.v_cache, args.dtype);
-  const int64_t keys = keys_of_chunk(args.L, args.C, args.cached);
-  const int64_t queries = queries_of_chunk(args.L, args.C);
-  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32);
-  const int64_t heads = args.B * args.H * args.chunks;
-  args.keys = heads * ceil_div(keys, args.kMostKeys) >= 8 ? args.kMostKeys : args.kMostKeys / 2;
-  args.keys = std::min(args.keys, round_up(keys, 32));
-  args.queries = std::min(int64_t{128}, round_up(queries, 32));
-  args.groups = heads == 0 ? 0 : std::min({32 / heads + 1, ceil_div(keys, args.keys), int64_t{8}});
-  args.deal = Deal::of(heads * args.groups);
-  // Keys in panels and transposed, dk; values transposed, dv; queries, dq; the weights and their gradients; two times
-  // columns of do. Of bf16, which may be multiplied in pairs, queries and do are two factors each; the weights become
-  // one and their gradients two.
-  const int64_t more = args.dtype == DType::kBfloat16;
-  args.scratch = args.keys * (3 * Sp + 2 * Ep) +
-                 args.queries * ((2 + more) * Sp + (2 + 3 * more) * args.keys + (2 + 2 * more) * args.kColumns);
-  const int64_t rows = args.B * args.L * args.H;
+  const int64_t keys = std::min(keys_of_chunk(args), args.C), queries = queries_of_chunk(args);
+  const int64_t rows = args.sequences.tokens() * args.H;
   if (c.on_cuda()) {
-    const int64_t tile = gpu_tile(args.dtype, queries);
-    const int64_t strip_bytes = 2 * ceil_div(queries, tile) * tile * tile * size_of(stat);
-    args.scratch = gpu_scratch(heads * ceil_div(keys, tile), strip_bytes);
-    args.groups = args.scratch < ceil_div(keys, tile) * strip_bytes;
+    const Strips strips = Strips::of(args, gpu_tile(args.dtype, queries), true);
+    const int64_t strip_bytes = 2 * round_up(queries, strips.tile) * strips.tile * size_of(stat);
+    args.scratch = gpu_scratch(strips.count, strip_bytes);
+    args.groups = args.scratch < (args.sequences.packed ? strips.count : strips.tiles) * strip_bytes;
     args.workspace =
         out.workspace(c, kAlignment + args.scratch + (round_up(rows, 4) + args.groups * rows * args.S) * size_of(stat));
     return args;
   }
+  const int64_t Sp = round_up(args.S, 32), Ep = round_up(args.E, 32);
+  const int64_t chunks = args.H * whole_chunks(args);
+  args.keys = chunks * ceil_div(keys, args.kMostKeys) >= 8 ? args.kMostKeys : args.kMostKeys / 2;
+  args.keys = std::min(args.keys, round_up(keys, 32));
+  args.queries = std::min(int64_t{128}, round_up(queries, 32));
+  args.groups = chunks == 0 ? 0 : std::min({32 / chunks + 1, ceil_div(keys, args.keys), int64_t{8}});
+  args.items = most_chunks(args) * args.groups;
+  args.slots = std::min(args.H * args.items, kMaxSlots);
+  // Keys in panels and transposed, dk; values transposed, dv; queries, dq; the weights and their gradients; two times
+  // columns of do; where weights are dropped, all of them and bits. Of bf16, which may be multiplied in pairs, queries
+  // and do are two factors each; the weights become one and their gradients two.
+  const int64_t more = args.dtype == DType::kBfloat16;
+  args.scratch = args.keys * (3 * Sp + 2 * Ep) +
+                 args.queries * ((2 + more) * Sp + (2 + 3 * more) * args.keys + (2 + 2 * more) * args.kColumns);
+  if (args.drops_weights) args.scratch += 2 * args.queries * args.keys;
   args.workspace =
-      out.workspace(c, (rows + args.groups * rows * args.S + args.deal.slots * args.scratch) * size_of(stat));
+      out.workspace(c, args.items * int64_t{sizeof(ChunkItem)} +
+                           (rows + args.partials() * rows * args.S + args.slots * args.scratch) * size_of(stat));
   return args;
 }
 

@@ -9,9 +9,29 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// How the key tiles of a chunk are dealt to its groups.
-inline Deal key_tiles(const ChunkAttentionBackward& args, const Chunk& chunk) {
-  return {ceil_div(chunk.keys, args.keys), args.groups};
+// Calls body(tile) for the tiles of keys that are dealt to a group: one of every round of `groups` tiles, from
+// alternate ends, since the first tiles have the most queries after them.
+template <class Body>
+void for_key_tiles(const ChunkAttentionBackward& args, const Chunk& chunk, int64_t group, Body&& body) {
+  for (int64_t round = 0; round * args.groups * args.keys < chunk.keys; ++round) {
+    const int64_t tile = round * args.groups + (round % 2 == 0 ? group : args.groups - 1 - group);
+    if (tile * args.keys < chunk.keys) body(tile);
+  }
+}
+
+// Calls add(group, work) for the groups of a chunk: of every tile of keys its products, and something for every key
+// and query it reads.
+template <class Add>
+void for_groups(const ChunkAttentionBackward& args, const Chunk& chunk, Add&& add) {
+  for (int64_t group = 0; group < args.groups && group * args.keys < chunk.keys; ++group) {
+    int64_t work = 0;
+    for_key_tiles(args, chunk, group, [&](int64_t tile) {
+      const int64_t key = tile * args.keys, keys = std::min(args.keys, chunk.keys - key);
+      const int64_t end = std::min(chunk.end, key + keys + args.C - 1);
+      work += (keys + 16) * (end - std::max(chunk.first, key) + 16);
+    });
+    add(group, work);
+  }
 }
 
 template <class T>
@@ -23,14 +43,16 @@ class BackwardTile {
   static_assert(kMicroRows % D == 0, "pairs of queries lie in one block of rows");
 
  public:
-  BackwardTile(const ChunkAttentionBackward& args, const Chunk& chunk, int64_t group, A* scratch)
+  // sums D [B, H, L]; dq [B, L, H, S], the group's part.
+  BackwardTile(const ChunkAttentionBackward& args, const Chunk& chunk, int64_t group, const A* sums, A* dq, A* scratch)
       : args_(args),
         chunk_(chunk),
         group_(group),
         queries_in_(rows_of<const T>(args, chunk, args.q, nullptr, args.S)),
         dout_in_(rows_of<const T>(args, chunk, args.dout, nullptr, args.E)),
-        statistics_((chunk.b * args.H + chunk.h) * args.L + chunk.token),
-        drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.b), static_cast<uint32_t>(chunk.h)} {
+        sums_(sums + chunk.statistic),
+        dq_out_(dq + (chunk.token * args.H + chunk.h) * args.S),
+        drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.sequence), static_cast<uint32_t>(chunk.h)} {
     const int64_t Sp = round_up(args.S, P), Ep = round_up(args.E, P), K = args.keys, Q = args.queries;
     const auto take = [&scratch](int64_t n) { return std::exchange(scratch, scratch + n); };
     keys_packed_ = take(K * Sp);
@@ -46,6 +68,8 @@ class BackwardTile {
     weights_across_ = D == 1 ? weights_ : take(Q * K);
     dscores_.along = D == 1 ? dweights_ : take(Q * K);
     dscores_.across = D == 1 ? dweights_ : take(Q * K);
+    all_weights_ = args.drops_weights ? take(Q * K) : weights_;
+    dropped_ = args.drops_weights ? reinterpret_cast<uint32_t*>(take(Q * K)) : nullptr;
     for (Factors& dout : dout_) {
       dout.along = take(Q * kColumns);
       dout.across = D == 1 ? dout.along : take(Q * kColumns);
@@ -53,27 +77,26 @@ class BackwardTile {
   }
 
   void run() {
-    const Deal deal = key_tiles(args_, chunk_);
-    for (int64_t round = 0; round < deal.rounds(); ++round) {
-      const int64_t tile = deal.item(round, group_);
-      if (tile >= deal.items) continue;
+    bool first_keys = true;
+    for_key_tiles(args_, chunk_, group_, [&](int64_t tile) {
       key_ = tile * args_.keys;
       keys_ = std::min(args_.keys, chunk_.keys - key_);
       pack_keys();
       bool first_queries = true;
-      for (int64_t i = chunk_.first; i < chunk_.keys; i += args_.queries) {
+      for (int64_t i = chunk_.first; i < std::min(chunk_.end, key_ + keys_ + args_.C - 1); i += args_.queries) {
         place_ = i;
-        count_ = std::min(args_.queries, chunk_.keys - i);
+        count_ = std::min(args_.queries, chunk_.end - i);
         if (place_ + count_ <= key_) continue;
         weigh();
         pass_values(!first_queries);
         pass_keys(!first_queries);
-        add_to_dq(round > 0);
+        add_to_dq(!first_keys || args_.sliding);  // which begins as 0
         first_queries = false;
       }
       write_rows(dk_, args_.dk, args_.dk_cache, args_.S);
       write_rows(dv_, args_.dv, args_.dv_cache, args_.E);
-    }
+      first_keys = false;
+    });
   }
 
  private:
@@ -92,7 +115,7 @@ class BackwardTile {
     pack_transposed<F>([&](int64_t j) { return values.row(key_ + j); }, keys_, args_.E, values_transposed_);
   }
 
-  // weights = exp(scores - lse), 0 where masked or dropped.
+  // weights = exp(scores - lse), 0 where masked or dropped, in all_weights not where dropped.
   void weigh() {
     Packer<T>(queries_in_, place_, place_ + count_, 0, args_.S, queries_).finish();
     for (int64_t p = 0; p * P < keys_; ++p) {
@@ -105,7 +128,7 @@ class BackwardTile {
       for (int64_t i = 0; i < count_; ++i) drop_row(i, std::min(keys_, place_ + i + 1 - key_));
     }
     const A infinity = std::numeric_limits<A>::infinity();
-    const A* lse = static_cast<const A*>(args_.lse) + statistics_ + place_;
+    const A* lse = static_cast<const A*>(args_.lse) + chunk_.statistic + place_;
     for (int64_t p = 0; p * P < keys_; ++p) {
       for (int64_t i = first_query(p); i < count_; ++i) {
         const A shift = lse[i] == -infinity ? infinity : lse[i];
@@ -115,6 +138,9 @@ class BackwardTile {
           const Vec<A> weight = weight_of(load(scores + half) - shift);
           store(scores + half, visible == P ? weight : first_lanes(weight, visible - half));
         }
+        const int64_t hidden = std::min(panel_keys(p), place_ + i - args_.C + 1 - key_ - p * P);
+        for (int64_t j = 0; j < hidden; ++j) scores[j] = 0;  // out of the window
+        if (args_.drops_weights) drop_weights(scores, p, i);
         if (i % D == D - 1 || i + 1 == count_) pair_queries(row(weights_, p, i / D * D), i % D, weights_across_, p, i);
       }
     }
@@ -141,9 +167,26 @@ class BackwardTile {
     for (int64_t p = 0; p * P < visible; ++p) {
       A* scores = row(weights_, p, i);
       const int64_t n = std::min(P, visible - p * P);
+      if (args_.drops_weights) {
+        uint32_t bits = 0;
+        for (int64_t j = 0; j < n; ++j) bits |= uint32_t{words[p * P + j] < drop_.below} << j;
+        dropped_[p * count_ + i] = bits;
+        continue;
+      }
       for (int64_t j = 0; j < n; ++j) {
         scores[j] = words[p * P + j] < drop_.below ? -std::numeric_limits<A>::infinity() : scores[j];
       }
+    }
+  }
+
+  void drop_weights(A* weights, int64_t p, int64_t i) {
+    const auto scale = static_cast<A>(args_.kept_scale);
+    // Where the query sees no key of the panel there are no bits, and weights are 0.
+    const uint32_t bits = key_ + p * P > place_ + i ? 0 : dropped_[p * count_ + i];
+    for (int64_t half = 0; half < P; half += W) {
+      const Vec<A> all = load(weights + half);
+      store(row(all_weights_, p, i) + half, all);
+      store(weights + half, without<A>(all * scale, bits >> half));
     }
   }
 
@@ -190,14 +233,19 @@ class BackwardTile {
 
   // From dweights the scores' gradients; dk += dscores^T q and dq = dscores k.
   void pass_keys(bool accumulate) {
-    const A* sums = static_cast<const A*>(args_.workspace) + statistics_ + place_;
+    const A* sums = sums_ + place_;
     for (int64_t p = 0; p * P < keys_; ++p) {
       for (int64_t i = first_query(p); i < count_; ++i) {
         A* dscores = row(dweights_, p, i);
-        const A* weights = row(weights_, p, i);
+        const A *weights = row(weights_, p, i), *all_weights = row(all_weights_, p, i);
         for (int64_t half = 0; half < P; half += W) {
           const Vec<A> w = load(weights + half);
-          store(dscores + half, w == 0 ? w : w * (load(dscores + half) - sums[i]));
+          if (args_.drops_weights) {
+            const Vec<A> all = load(all_weights + half), kept = w == 0 ? w : w * load(dscores + half);
+            store(dscores + half, all == 0 ? all : kept - all * sums[i]);
+          } else {
+            store(dscores + half, w == 0 ? w : w * (load(dscores + half) - sums[i]));
+          }
         }
         pair_keys(dscores, p, i);
         if (i % D == D - 1 || i + 1 == count_) {
@@ -230,8 +278,7 @@ class BackwardTile {
 
   void add_to_dq(bool accumulate) {
     const int64_t stride = args_.H * args_.S;
-    A* dq = static_cast<A*>(args_.workspace) + args_.B * args_.L * args_.H + group_ * args_.B * args_.L * stride;
-    dq += ((chunk_.b * args_.L + chunk_.token + place_) * args_.H + chunk_.h) * args_.S;
+    A* dq = dq_out_ + place_ * stride;
     for (int64_t i = 0; i < count_; ++i) {
       for (int64_t s = 0; s < args_.S; s += W) {
         Vec<A> sum = load(dq_ + s / P * P * count_ + i * P + s % P);
@@ -255,11 +302,13 @@ class BackwardTile {
   const Chunk chunk_;
   const int64_t group_;
   const Rows<const T> queries_in_, dout_in_;
-  const int64_t statistics_;  // of place 0 in lse and D
+  const A* sums_;  // of place 0
+  A* dq_out_;      // likewise
   const DropKey drop_;
   int64_t key_ = 0, keys_ = 0, place_ = 0, count_ = 0;  // the tiles' first places and sizes
   A *keys_packed_, *keys_transposed_, *dk_, *values_transposed_, *dv_, *dq_;
-  A *weights_, *dweights_, *weights_across_;
+  A *weights_, *all_weights_, *dweights_, *weights_across_;
+  uint32_t* dropped_;  // [panels of keys, queries] bits of the keys
   Factors queries_, dscores_, dout_[2];
 };
 

@@ -19,17 +19,25 @@ struct Softmax {
 // blocks leave the outputs so far as they are.
 constexpr int kSlack = 8;
 
-// The greatest of the scores[keys, P]. The panel's first query sees keys up to `visible`, its lane i up to visible + i,
-// beyond which scores are masked here.
+// The greatest of the scores[keys, P]. The panel's first query sees the keys from `oldest` up to `visible`, its lane i
+// those from oldest + i up to visible + i; the others' scores are masked here.
 template <class A>
-void mask_and_maximum(A* scores, int64_t keys, int64_t visible, Vec<A> (&best)[2]) {
+void mask_and_maximum(A* scores, int64_t keys, int64_t oldest, int64_t visible, Vec<A> (&best)[2]) {
   constexpr int64_t P = kPanel<A>, W = kLanes<A>;
   const Vec<A> lowest = splat(-std::numeric_limits<A>::infinity());
   Vec<A> lane;
   for (int64_t i = 0; i < W; ++i) lane[i] = static_cast<A>(i);
   best[0] = best[1] = lowest;
   const int64_t all = std::min(keys, std::max<int64_t>(visible + 1, 0));
-  for (int64_t j = 0; j < all; ++j) {
+  const int64_t seen_by_all = std::min(keys, std::max<int64_t>(oldest + P - 1, 0));
+  for (int64_t j = 0; j < seen_by_all; ++j) {
+    for (int half = 0; half < 2; ++half) {
+      A* s = scores + j * P + half * W;
+      store(s, lane + static_cast<A>(half * W) > splat(static_cast<A>(j - oldest)) ? lowest : load(s));
+      if (j < all) best[half] = maximum(load(s), best[half]);
+    }
+  }
+  for (int64_t j = seen_by_all; j < all; ++j) {
     best[0] = maximum(load(scores + j * P), best[0]);
     best[1] = maximum(load(scores + j * P + W), best[1]);
   }
@@ -42,13 +50,15 @@ void mask_and_maximum(A* scores, int64_t keys, int64_t visible, Vec<A> (&best)[2
   }
 }
 
-// scores[keys, P] become words of the factor weights[words, P] (core/gemm.h) in their place.
+// scores[keys, P] become words of the factor weights[words, P] (core/gemm.h) in their place. dropped: bits of the
+// queries for every key, whose weights count in the sum alone; or nullptr.
 template <class F, class A>
-void softmax_block(A* scores, int64_t keys, int64_t visible, Softmax<A>& state) {
+void softmax_block(A* scores, int64_t keys, int64_t oldest, int64_t visible, const uint32_t* dropped,
+                   Softmax<A>& state) {
   constexpr int64_t P = kPanel<A>, W = kLanes<A>, D = kPerWord<F>;
   const Vec<A> lowest = splat(-std::numeric_limits<A>::infinity());
   Vec<A> best[2], shift[2], sum[2];
-  mask_and_maximum(scores, keys, visible, best);
+  mask_and_maximum(scores, keys, oldest, visible, best);
   for (int half = 0; half < 2; ++half) {
     const Vec<A> before = state.shift[half];
     const Vec<A> after = best[half] > before + kSlack ? best[half] : before;
@@ -61,11 +71,13 @@ void softmax_block(A* scores, int64_t keys, int64_t visible, Softmax<A>& state) 
     for (int half = 0; half < 2; ++half) {
       Vec<A> e = weight_of(load(scores + j * P + half * W) - shift[half]);
       sum[half] += e;
+      if (dropped != nullptr) e = without<A>(e, dropped[j] >> half * W);
 #if defined(__AVX512BF16__)
       if constexpr (D == 2) {
         Vec<A> second = {};
         if (j + 1 < keys) second = weight_of(load(scores + (j + 1) * P + half * W) - shift[half]);
         sum[half] += second;
+        if (dropped != nullptr && j + 1 < keys) second = without<A>(second, dropped[j + 1] >> half * W);
         e = pair_up(e, second);
       }
 #endif
@@ -74,6 +86,16 @@ void softmax_block(A* scores, int64_t keys, int64_t visible, Softmax<A>& state) 
   }
   state.sum[0] = sum[0];
   state.sum[1] = sum[1];
+}
+
+// Calls add(tile, work) for the tiles of a chunk: its products, and something for every key and query it reads.
+template <class Add>
+void for_query_tiles(const ChunkAttentionForward& args, const Chunk& chunk, Add&& add) {
+  for (int64_t tile = 0; tile * args.queries < chunk.queries(); ++tile) {
+    const int64_t queries = std::min(args.queries, chunk.queries() - tile * args.queries);
+    const int64_t keys = std::min(chunk.first + tile * args.queries + queries / 2, args.C);
+    add(tile, (queries + 16) * (keys + 16));
+  }
 }
 
 template <class T>
@@ -93,9 +115,10 @@ class ForwardTile {
         keys_(rows_of<const T>(args, chunk, args.k, args.k_cache, args.S)),
         values_(rows_of<const T>(args, chunk, args.v, args.v_cache, args.E)),
         place_(chunk.first + tile * args.queries),
-        queries_(std::min(args.queries, chunk.keys - place_)),
+        queries_(std::min(args.queries, chunk.end - place_)),
+        begin_(std::max<int64_t>(place_ - args.C + 1, 0)),
         end_(place_ + queries_),
-        drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.b), static_cast<uint32_t>(chunk.h)} {
+        drop_{args.seed, args.drop_below, static_cast<uint32_t>(chunk.sequence), static_cast<uint32_t>(chunk.h)} {
     queries_packed_ = scratch;
     keys_packed_ = queries_packed_ + args.queries * round_up(args.S, P);
     scores_ = keys_packed_ + args.key_rows * round_up(args.S, P);
@@ -113,8 +136,8 @@ class ForwardTile {
       softmax_[p].shift[0] = softmax_[p].shift[1] = splat(-std::numeric_limits<A>::infinity());
       softmax_[p].sum[0] = softmax_[p].sum[1] = Vec<A>{};
     }
-    next_keys_ = packer_of_keys(0);
-    for (int64_t j = 0; j < end_; j += kKeys) {
+    next_keys_ = packer_of_keys(begin_);
+    for (int64_t j = begin_; j < end_; j += kKeys) {
       next_keys_.finish();
       next_values_ = packer_of_values(j, 0);
       score(j, std::min(kKeys, end_ - j));
@@ -151,17 +174,22 @@ class ForwardTile {
                     false);
         next_values_.turn();
       }
+      uint32_t dropped[kKeys];
       if (drop_.any()) {
-        drop_columns(drop_, chunk_.start + static_cast<uint32_t>(j), count,
-                     chunk_.start + static_cast<uint32_t>(place_ + p * P), P, scores);
+        const auto key = chunk_.start + static_cast<uint32_t>(j);
+        const auto query = chunk_.start + static_cast<uint32_t>(place_ + p * P);
+        args_.drops_weights ? drop_bits(drop_, key, count, query, P, dropped)
+                            : drop_columns(drop_, key, count, query, P, scores);
       }
-      softmax_block<F>(scores, count, place_ + p * P - j, softmax_[p]);
+      const int64_t last = place_ + p * P - j;
+      softmax_block<F>(scores, count, args_.sliding ? last - args_.C + 1 : -P, last,
+                       args_.drops_weights ? dropped : nullptr, softmax_[p]);
     }
   }
 
   // While some columns of the values are multiplied, the next ones are packed, or the next block's keys.
   void add_values(int64_t j, int64_t n) {
-    const bool rescale = j > 0 && any_scale();
+    const bool rescale = j > begin_ && any_scale();
     const int64_t turns = ceil_div(queries_, P) * ceil_div(P, kMicroRows);
     next_keys_ = j + n < end_ ? packer_of_keys(j + n) : Packer<T>();
     for (int64_t e = 0; e < args_.E; e += kColumns) {
@@ -179,7 +207,7 @@ class ForwardTile {
           const int64_t count = visible(i + rows - 1, j, n);
           if (count > 0) {
             multiply_transposed<F>(rows, words_of<F>(count), scores_ + i / P * args_.key_rows * P + i % P, values,
-                                   output + i * P, j > 0);
+                                   output + i * P, j > begin_);
           }
           last ? next_keys_.turn() : next_values_.turn();
         }
@@ -207,12 +235,12 @@ class ForwardTile {
   // Columns e .. of the output, which are complete.
   void finish(int64_t e) const {
     const auto out = rows_of<T>(args_, chunk_, args_.o, nullptr, args_.E);
-    auto* lse = static_cast<A*>(args_.lse) + (chunk_.b * args_.H + chunk_.h) * args_.L + chunk_.token + place_;
+    auto* lse = static_cast<A*>(args_.lse) + chunk_.statistic + place_;
     const int64_t stop = std::min(args_.E, e + kColumns);
     for (int64_t i = 0; i < queries_; ++i) {
       const Softmax<A>& state = softmax_[i / P];
       const A sum = state.sum[i % P / W][i % W];
-      const A inverse = sum == 0 ? A(0) : A(1) / sum;
+      const A inverse = sum == 0 ? A(0) : static_cast<A>(args_.kept_scale) / sum;
       if (e == 0) lse[i] = state.shift[i % P / W][i % W] + std::log(sum);
       T* row = out.row(place_ + i);
       for (int64_t c = e; c < stop; c += W) {
@@ -224,7 +252,7 @@ class ForwardTile {
   const ChunkAttentionForward& args_;
   const Chunk chunk_;
   const Rows<const T> keys_, values_;
-  const int64_t place_, queries_, end_;
+  const int64_t place_, queries_, begin_, end_;
   const DropKey drop_;
   Packer<T> next_keys_, next_values_;
   Softmax<A> softmax_[kPanels];

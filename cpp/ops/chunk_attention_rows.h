@@ -14,14 +14,23 @@ template <class T>
 struct Rows {
   T* cached;
   T* fresh;
-  int64_t stride, first;
+  int64_t stride, count, slot, slots;
 
   Rows(const ChunkAttention& args, const Chunk& chunk, void* tensor, void* cache, int64_t n)
-      : cached(static_cast<T*>(cache)), fresh(static_cast<T*>(tensor)), stride(args.H * n), first(chunk.first) {
-    if (first > 0) cached += (chunk.b * args.C * args.H + chunk.h) * n;
-    fresh += ((chunk.b * args.L + chunk.token) * args.H + chunk.h) * n;
+      : cached(static_cast<T*>(cache)),
+        fresh(static_cast<T*>(tensor)),
+        stride(args.H * n),
+        count(chunk.cached),
+        slot(chunk.slot),
+        slots(args.C) {
+    if (count > 0) cached += (chunk.sequence * args.C * args.H + chunk.h) * n;
+    fresh += (chunk.token * args.H + chunk.h) * n;
   }
-  T* row(int64_t place) const { return (place < first ? cached : fresh) + place * stride; }
+  T* row(int64_t place) const {
+    if (place >= count) return fresh + place * stride;
+    const int64_t at = slot + place;
+    return cached + (at < slots ? at : at - slots) * stride;
+  }
 };
 
 template <class T>

@@ -2,9 +2,9 @@
 //
 // Computes  softmax attention inside chunks and its gradients (ops/chunk_attention.h); arXiv 2404.08801.
 // Layout    q, k, v, o (B, L, H, S or E): the rows of a head are H S (H E) apart; caches (B, C, H, S or E) likewise;
-//           lse, D (B, H, L). The scratch holds strips of tiles of weights: forward, a tile of queries with all keys
-//           before it, and the maximum and sum of the rows of every tile; backward, a tile of keys with all queries
-//           after it, P and dS. As many strips as the scratch has room for make a round.
+//           lse, D (B, H, L). cu_seqlens: B = 1. The scratch holds strips of tiles of weights: forward, a tile of
+//           queries with all keys before it, and the maximum and sum of the rows of every tile; backward, a tile of
+//           keys with all queries after it, P and dS. As many strips as the scratch has room for make a round.
 // Mapping   a block owns a tile of 64 x 64 or 128 x 128, by matrix instructions for bfloat16 and float16
 //           (core/mma.cuh), else by multiply-adds (core/tile_product.cuh). Forward, per round: tiles of scores become
 //           weights, each relative to its own rows' maxima; tiles of o are their products with v, the rows brought to
@@ -42,7 +42,7 @@ struct ForwardScratch {
 
   ForwardScratch(const ChunkAttentionForward& args) {
     constexpr int64_t kTile = Tile::kTile;
-    key_tiles = ceil_div(keys_of_chunk(args.L, args.C, args.cached), kTile);
+    key_tiles = ceil_div(keys_of_chunk(args), kTile);
     const int64_t rows = key_tiles * kTile;
     strips = args.scratch / (rows * (kTile * int64_t{sizeof(typename Tile::Weight)} + 2 * kParts * int64_t{sizeof(A)}));
     weights = reinterpret_cast<typename Tile::Weight*>(aligned(args.workspace));
@@ -51,7 +51,7 @@ struct ForwardScratch {
   }
 };
 
-// Block (key tile, query tile, head).
+// Block (key tile, strip).
 template <class T, class Tile, bool kPacked>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     chunk_attention_weigh_kernel(ChunkAttentionForward args, Round round, ForwardScratch<Tile> scratch) {
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
   SHARED(Slabs, slabs);
-  const Chunk chunk = round.chunk(args);
-  const ScoreTile at{chunk, chunk.first + (round.tile + blockIdx.y) * kTile, int64_t{blockIdx.x} * kTile};
+  const auto [chunk, query_tile] = round.at(args, blockIdx.y);
+  const ScoreTile at{chunk, chunk.first + query_tile * kTile, int64_t{blockIdx.x} * kTile};
   if (!at.any(kTile)) return;
   const Rows<const T> queries(args, chunk, static_cast<const T*>(args.q), nullptr, args.S);
   const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   multiply(tile, slabs, 0, args.S, RowsOperand<T, V, true>{queries, at.query, chunk.keys, 0, args.S},
            RowsOperand<T, V, true>{keys, at.key, chunk.keys, 0, args.S});
   hide_keys(tile, args, at);
-  const int64_t index = round.strip() * scratch.key_tiles + blockIdx.x;
+  const int64_t index = blockIdx.y * scratch.key_tiles + blockIdx.x;
   UNROLL
   for (int r = 0; r < Tile::kRows; ++r) {
     A best = -static_cast<A>(INFINITY);
@@ -94,12 +94,13 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       scratch.sums[part * kTile + Tile::row(r)] = sum;
     }
   }
+  if (args.drops_weights) set_dropped(tile, args, at, A(0));
   typename Tile::Weight* weights = scratch.weights + index * kTile * kTile;
   tile.template for_packs<typename Tile::Weight>(
       [&](int r, int c, const auto& pack) { store(weights + r * kTile + c, pack); });
 }
 
-// Block (tile of columns of o, query tile, head). The first one of the columns also writes lse.
+// Block (tile of columns of o, strip). The first one of the columns also writes lse.
 template <class T, class Tile, bool kPacked>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     chunk_attention_forward_kernel(ChunkAttentionForward args, Round round, ForwardScratch<Tile> scratch) {
@@ -109,10 +110,9 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   SHARED(Slabs, slabs);
   SHARED(A, maximum, [kTile]);
   SHARED(A, inverse, [kTile]);
-  const Chunk chunk = round.chunk(args);
-  // The longest rows first.
-  const int64_t strip = blockIdx.z * round.tiles + round.tiles - 1 - blockIdx.y;
-  const int64_t query = chunk.first + (round.tile + round.tiles - 1 - blockIdx.y) * kTile;
+  const int64_t strip = round.count - 1 - blockIdx.y;  // of a chunk the longest rows first
+  const auto [chunk, query_tile] = round.at(args, strip);
+  const int64_t query = chunk.first + query_tile * kTile;
   if (query >= chunk.keys) return;
   const int64_t end = query + kTile < chunk.keys ? query + kTile : chunk.keys;
   const int64_t column = int64_t{blockIdx.x} * kTile;
@@ -133,10 +133,10 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       sum += sums[i] * exp(maxima[i] - shift);
     }
     maximum[threadIdx.x] = shift;
-    inverse[threadIdx.x] = sum == 0 ? A(0) : A(1) / sum;
+    inverse[threadIdx.x] = sum == 0 ? A(0) : static_cast<A>(args.kept_scale) / sum;
     const int64_t place = query + threadIdx.x;
     if (blockIdx.x == 0 && place < end) {
-      static_cast<A*>(args.lse)[(chunk.b * args.H + chunk.h) * args.L + chunk.token + place] = best + log(sum);
+      static_cast<A*>(args.lse)[chunk.statistic + place] = best + log(sum);
     }
   }
   sync_block();  // the rows' maxima and sums are there
@@ -158,15 +158,13 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
 template <class T, class Tile, bool kPacked>
 void forward(const ChunkAttentionForward& args, void* stream) {
   const ForwardScratch<Tile> scratch(args);
-  const int64_t tiles = ceil_div(queries_of_chunk(args.L, args.C), Tile::kTile);
   // One block even where E is 0, since it writes lse.
   const auto columns = static_cast<unsigned>(args.E == 0 ? 1 : ceil_div(args.E, Tile::kTile));
-  for_rounds(args.B * args.H * args.chunks, tiles, scratch.strips, [&](const Round& round) {
-    const auto y = static_cast<unsigned>(round.tiles), z = static_cast<unsigned>(round.heads);
-    launch(
-        {"chunk_attention_weigh", dim3(static_cast<unsigned>(scratch.key_tiles), y, z), dim3(kTileThreads), 0, stream},
-        chunk_attention_weigh_kernel<T, Tile, kPacked>, args, round, scratch);
-    launch({"chunk_attention_forward", dim3(columns, y, z), dim3(kTileThreads), 0, stream},
+  for_rounds(Strips::of(args, Tile::kTile, false), scratch.strips, [&](const Round& round) {
+    const auto key_tiles = static_cast<unsigned>(scratch.key_tiles), y = static_cast<unsigned>(round.count);
+    launch({"chunk_attention_weigh", dim3(key_tiles, y), dim3(kTileThreads), 0, stream},
+           chunk_attention_weigh_kernel<T, Tile, kPacked>, args, round, scratch);
+    launch({"chunk_attention_forward", dim3(columns, y), dim3(kTileThreads), 0, stream},
            chunk_attention_forward_kernel<T, Tile, kPacked>, args, round, scratch);
   });
 }
@@ -182,7 +180,7 @@ void visit_tile(const ChunkAttention& args, bool packed, F&& f) {
   using Large = std::conditional_t<kIsHalf, MmaTile<T, 128>, FmaTile<A, 128>>;
   if (!packed) return f(TypeTag<FmaTile<A, 64>>{}, std::false_type{});
   if constexpr (!std::is_same_v<T, double>) {
-    if (gpu_tile(args.dtype, queries_of_chunk(args.L, args.C)) > 64) return f(TypeTag<Large>{}, std::true_type{});
+    if (gpu_tile(args.dtype, queries_of_chunk(args)) > 64) return f(TypeTag<Large>{}, std::true_type{});
   }
   f(TypeTag<Small>{}, std::true_type{});
 }
@@ -196,7 +194,7 @@ bool is_packed(const ChunkAttention& args, Pointers... pointers) {
 }  // namespace
 
 void chunk_attention_forward(const ChunkAttentionForward& args, void* stream) {
-  if (args.B * args.L * args.H == 0) return;
+  if (args.sequences.tokens() * args.H == 0) return;
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     visit_tile<T>(args, is_packed<T>(args, args.o),
@@ -208,10 +206,10 @@ void chunk_attention_backward(const ChunkAttentionBackward& args, void* stream) 
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (args.cached) {  // the slots that hold no key of this chunk
-      clear<T>(args.dk_cache, args.B * args.C * args.H * args.S, stream);
-      clear<T>(args.dv_cache, args.B * args.C * args.H * args.E, stream);
+      clear<T>(args.dk_cache, args.sequences.count * args.C * args.H * args.S, stream);
+      clear<T>(args.dv_cache, args.sequences.count * args.C * args.H * args.E, stream);
     }
-    if (args.B * args.L * args.H == 0) return;
+    if (args.sequences.tokens() * args.H == 0) return;
     const bool is_aligned =
         is_packed<T>(args, args.dout, args.o, args.dq, args.dk, args.dv, args.dk_cache, args.dv_cache);
     visit_tile<T>(args, is_aligned,

@@ -18,13 +18,13 @@ struct BackwardScratch {
 
   BackwardScratch(const ChunkAttentionBackward& args) {
     constexpr int64_t kTile = Tile::kTile;
-    query_tiles = ceil_div(queries_of_chunk(args.L, args.C), kTile);
+    query_tiles = ceil_div(queries_of_chunk(args), kTile);
     const int64_t strip = query_tiles * kTile * kTile;
     strips = strip == 0 ? 0 : args.scratch / (2 * strip * int64_t{sizeof(typename Tile::Weight)});
     P = reinterpret_cast<typename Tile::Weight*>(aligned(args.workspace));
     dS = P + strips * strip;
     D = reinterpret_cast<A*>(aligned(args.workspace) + args.scratch);
-    dq = D + round_up(args.B * args.H * args.L, 4);
+    dq = D + round_up(args.sequences.tokens() * args.H, 4);
   }
 };
 
@@ -46,10 +46,11 @@ void clear(void* x, int64_t n, void* stream) {
 // D = sum over e of do o: a warp per token and head.
 template <class T, int V>
 __global__ void __launch_bounds__(kTileThreads)
-    chunk_attention_dot_kernel(const T* dout, const T* o, stat_t<T>* D, int64_t B, int64_t L, int64_t H, int64_t E) {
+    chunk_attention_dot_kernel(const T* dout, const T* o, stat_t<T>* D, int64_t tokens, int64_t L, int64_t H,
+                               int64_t E) {
   using A = stat_t<T>;
   constexpr int kWarps = kTileThreads / 32;
-  const int64_t rows = B * L * H, step = int64_t{gridDim.x} * kWarps;
+  const int64_t rows = tokens * H, step = int64_t{gridDim.x} * kWarps;
   for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < rows; row += step) {
     A sum = 0;
     for (int64_t e = threadIdx.x % 32 * V; e < E; e += 32 * V) {
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Block (query tile, key tile, head).
+// Block (query tile, strip).
 template <class T, class Tile, bool kPacked>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     chunk_attention_weigh_backward_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
   SHARED(Slabs, slabs);
-  const Chunk chunk = round.chunk(args);
-  const ScoreTile at{chunk, chunk.first + int64_t{blockIdx.x} * kTile, (round.tile + blockIdx.y) * kTile};
+  const auto [chunk, key_tile] = round.at(args, blockIdx.y);
+  const ScoreTile at{chunk, chunk.first + int64_t{blockIdx.x} * kTile, key_tile * kTile};
   if (!at.any(kTile)) return;
   const Rows<const T> queries(args, chunk, static_cast<const T*>(args.q), nullptr, args.S);
   const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
            RowsOperand<T, V, true>{keys, at.key, chunk.keys, 0, args.S});
   hide_keys(tile, args, at);
   const A infinity = static_cast<A>(INFINITY);
-  const int64_t statistics = (chunk.b * args.H + chunk.h) * args.L + chunk.token + at.query;
+  const int64_t statistics = chunk.statistic + at.query;
   const int64_t rows = chunk.keys - at.query;
   UNROLL
   for (int r = 0; r < Tile::kRows; ++r) {
@@ -98,9 +99,18 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       tile.sum[r][c] = score == -infinity ? A(0) : exp(score - shift);
     }
   }
-  const int64_t offset = (round.strip() * scratch.query_tiles + blockIdx.x) * kTile * kTile;
+  const int64_t offset = (blockIdx.y * scratch.query_tiles + blockIdx.x) * kTile * kTile;
   Weight* P = scratch.P + offset;
   Weight* dS = scratch.dS + offset;
+  if (args.drops_weights) {  // all of them are needed once more, where dS will be
+    tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(dS + r * kTile + c, pack); });
+    set_dropped(tile, args, at, A(0));
+    UNROLL
+    for (int r = 0; r < Tile::kRows; ++r) {
+      UNROLL
+      for (int c = 0; c < Tile::kColumns; ++c) tile.sum[r][c] *= static_cast<A>(args.kept_scale);
+    }
+  }
   tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(P + r * kTile + c, pack); });
   sync_warp();  // the weights are there: lanes that share a row have stored each other's
   tile.clear();
@@ -114,25 +124,31 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     for (int c = 0; c < Tile::kColumns; c += Tile::kRun) {
       // Back from memory: the registers had to hold the second product.
       const auto weights = load<Tile::kRun>(P + row * kTile + Tile::column(c));
+      const auto all = args.drops_weights ? load<Tile::kRun>(dS + row * kTile + Tile::column(c)) : weights;
       UNROLL
       for (int i = 0; i < Tile::kRun; ++i) {
         const A p = widen(weights.v[i]);
-        tile.sum[r][c + i] = p == 0 ? p : p * (tile.sum[r][c + i] - D);
+        A& sum = tile.sum[r][c + i];
+        if (args.drops_weights) {
+          sum = (p == 0 ? p : p * sum) - widen(all.v[i]) * D;
+        } else {
+          sum = p == 0 ? p : p * (sum - D);
+        }
       }
     }
   }
   tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(dS + r * kTile + c, pack); });
 }
 
-// Block (tile of columns of dv, then of dk; key tile, head).
+// Block (tile of columns of dv, then of dk; strip).
 template <class T, class Tile, bool kPacked>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
     chunk_attention_dkv_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
   SHARED(Slabs, slabs);
-  const Chunk chunk = round.chunk(args);
-  const int64_t key = (round.tile + blockIdx.y) * kTile;
+  const auto [chunk, key_tile] = round.at(args, blockIdx.y);
+  const int64_t key = key_tile * kTile;
   if (key >= chunk.keys || chunk.queries() == 0) return;
   const int64_t value_tiles = ceil_div(args.E, kTile);
   const bool is_value = blockIdx.x < value_tiles;
@@ -140,7 +156,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
                 columns = is_value ? args.E : args.S;
   const Rows<const T> rows(args, chunk, static_cast<const T*>(is_value ? args.dout : args.q), nullptr, columns);
   const WeightsOperand<Tile, false> weights{
-      (is_value ? scratch.P : scratch.dS) + round.strip() * scratch.query_tiles * kTile * kTile, kTile * kTile};
+      (is_value ? scratch.P : scratch.dS) + blockIdx.y * scratch.query_tiles * kTile * kTile, kTile * kTile};
   // From the tile of the first query that sees a key.
   const int64_t begin = key <= chunk.first ? 0 : (key - chunk.first) / kTile * kTile;
   Tile tile;
@@ -152,26 +168,42 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   write_rows<kPacked>(tile, out, key, chunk.keys, column, columns);
 }
 
-// Block (query tile, tile of columns of dq, head).
+// The chunks that a round has strips of may have tiles of queries with the numbers of strips of other rounds.
+struct Queries {
+  int64_t first, end;
+  explicit Queries(const Round& round) {
+    const auto& [strips, first_strip, count] = round;
+    const int64_t others = strips.tiles - 1;
+    first = strips.packed ? first_strip - others : first_strip / strips.tiles * strips.tiles;
+    end = strips.packed ? first_strip + count + others : round_up(first_strip + count, strips.tiles);
+    first = first < 0 ? 0 : first;
+    end = end < strips.count ? end : strips.count;
+  }
+};
+
+// Block (query tile, tile of columns of dq).
 template <class T, class Tile, bool kPacked>
 __global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, Tile, kPacked> : 1)
-    chunk_attention_dq_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
+    chunk_attention_dq_kernel(ChunkAttentionBackward args, Round round, Queries tiles, BackwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
   SHARED(Slabs, slabs);
-  const Chunk chunk = round.chunk(args);
-  const int64_t query_tile = gridDim.x - 1 - blockIdx.x;  // the longest rows first
-  const int64_t query = chunk.first + query_tile * kTile, key = round.tile * kTile;
+  const int64_t number = tiles.end - 1 - blockIdx.x;  // of a chunk the longest rows first
+  const auto [chunk, query_tile] = round.strips.at(args, number);
+  const int64_t query = chunk.first + query_tile * kTile;
   if (query >= chunk.keys) return;
   const int64_t queries_end = query + kTile < chunk.keys ? query + kTile : chunk.keys;
-  if (key >= queries_end) return;
-  const int64_t round_end = key + round.tiles * kTile;
+  // The keys whose strips are in this round.
+  const int64_t first_strip = number - query_tile;
+  const int64_t key = first_strip < round.first ? (round.first - first_strip) * kTile : 0;
+  const int64_t round_end = (round.first + round.count - first_strip) * kTile;
   const int64_t end = round_end < queries_end ? round_end : queries_end;
+  if (key >= end) return;
   const int64_t column = int64_t{blockIdx.y} * kTile;
   const int64_t tile_stride = scratch.query_tiles * kTile * kTile;
   const WeightsOperand<Tile, true> weights{
-      scratch.dS + blockIdx.z * round.tiles * tile_stride + query_tile * kTile * kTile, tile_stride};
+      scratch.dS + (first_strip + key / kTile - round.first) * tile_stride + query_tile * kTile * kTile, tile_stride};
   const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
   Tile tile;
   tile.clear();
@@ -200,27 +232,28 @@ template <class T, class Tile, bool kPacked>
 void backward(const ChunkAttentionBackward& args, void* stream) {
   constexpr int V = kPacked ? kPackOf<T> : 1;
   const BackwardScratch<Tile> scratch(args);
-  const int64_t row_blocks = ceil_div(args.B * args.L * args.H, kTileThreads / 32);
+  const int64_t row_blocks = ceil_div(args.sequences.tokens() * args.H, kTileThreads / 32);
   launch({"chunk_attention_dot", dim3(static_cast<unsigned>(row_blocks < 65535 ? row_blocks : 65535)),
           dim3(kTileThreads), 0, stream},
          chunk_attention_dot_kernel<T, V>, static_cast<const T*>(args.dout), static_cast<const T*>(args.o), scratch.D,
-         args.B, args.L, args.H, args.E);
-  const int64_t tiles = ceil_div(keys_of_chunk(args.L, args.C, args.cached), Tile::kTile);
+         args.sequences.tokens(), args.sequences.length, args.H, args.E);
   const auto query_tiles = static_cast<unsigned>(scratch.query_tiles);
   const auto key_columns = static_cast<unsigned>(ceil_div(args.S, Tile::kTile));
   const auto columns = static_cast<unsigned>(ceil_div(args.E, Tile::kTile)) + key_columns;
-  for_rounds(args.B * args.H * args.chunks, tiles, scratch.strips, [&](const Round& round) {
-    const auto y = static_cast<unsigned>(round.tiles), z = static_cast<unsigned>(round.heads);
+  for_rounds(Strips::of(args, Tile::kTile, true), scratch.strips, [&](const Round& round) {
+    const auto y = static_cast<unsigned>(round.count);
     const dim3 block(kTileThreads);
-    launch({"chunk_attention_weigh_backward", dim3(query_tiles, y, z), block, 0, stream},
+    launch({"chunk_attention_weigh_backward", dim3(query_tiles, y), block, 0, stream},
            chunk_attention_weigh_backward_kernel<T, Tile, kPacked>, args, round, scratch);
     if (columns > 0) {
-      launch({"chunk_attention_dkv", dim3(columns, y, z), block, 0, stream},
-             chunk_attention_dkv_kernel<T, Tile, kPacked>, args, round, scratch);
+      launch({"chunk_attention_dkv", dim3(columns, y), block, 0, stream}, chunk_attention_dkv_kernel<T, Tile, kPacked>,
+             args, round, scratch);
     }
     if (key_columns > 0) {
-      launch({"chunk_attention_dq", dim3(query_tiles, key_columns, z), block, 0, stream},
-             chunk_attention_dq_kernel<T, Tile, kPacked>, args, round, scratch);
+      const Queries queries(round);
+      const auto x = static_cast<unsigned>(queries.end - queries.first);
+      launch({"chunk_attention_dq", dim3(x, key_columns), block, 0, stream},
+             chunk_attention_dq_kernel<T, Tile, kPacked>, args, round, queries, scratch);
     }
   });
 }

@@ -7,29 +7,27 @@
 namespace megalodon::cuda {
 namespace {
 
-// The strips of a round: of `heads` chunks of heads from `head` on, the `tiles` tiles from `tile` on.
+// The strips of a round: `count` from number `first` on.
 struct Round {
-  int64_t head, heads, tile, tiles;
+  Strips strips;
+  int64_t first, count;
 
-  DEVICE int64_t strip() const { return blockIdx.z * tiles + blockIdx.y; }
-  DEVICE Chunk chunk(const ChunkAttention& args) const {
-    const int64_t index = head + blockIdx.z;
-    return chunk_of(args, index / args.chunks, index % args.chunks);
-  }
+  DEVICE Strips::Strip at(const ChunkAttention& args, int64_t index) const { return strips.at(args, first + index); }
 };
 
-// Calls round(Round) until all strips have been visited: of several heads each, or, where they do not fit, of a part
-// of one head.
+// Calls body(Round) until all strips have been visited, `most` of them together. Strips of a chunk of rows are in one
+// round if they fit, and in rounds of their own if not; those of packed rows, whose chunks begin anywhere, may be
+// in two.
 template <class Body>
-void for_rounds(int64_t heads, int64_t tiles, int64_t strips, Body&& body) {
-  constexpr int64_t kMaxHeads = 65535;  // of a grid's z
-  const int64_t together = strips / tiles < 1 ? 1 : strips / tiles < kMaxHeads ? strips / tiles : kMaxHeads;
-  const int64_t most = strips < tiles ? strips : tiles;
-  for (int64_t head = 0; head < heads; head += together) {
-    for (int64_t tile = 0; tile < tiles; tile += most) {
-      body(Round{head, heads - head < together ? heads - head : together, tile,
-                 tiles - tile < most ? tiles - tile : most});
-    }
+void for_rounds(const Strips& strips, int64_t most, Body&& body) {
+  constexpr int64_t kMaxStrips = 65535;  // of a grid's y
+  most = most < kMaxStrips ? most : kMaxStrips;
+  const bool fit = most >= strips.tiles;
+  if (!strips.packed && fit) most -= most % strips.tiles;
+  for (int64_t first = 0, count; first < strips.count; first += count) {
+    count = strips.packed || fit ? strips.count - first : strips.tiles - first % strips.tiles;
+    count = count < most ? count : most;
+    body(Round{strips, first, count});
   }
 }
 

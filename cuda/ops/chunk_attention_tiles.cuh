@@ -16,8 +16,8 @@ struct Rows {
   int64_t stride, first;
 
   DEVICE Rows(const ChunkAttention& args, const Chunk& chunk, T* tensor, T* cache, int64_t n)
-      : cached(chunk.first > 0 ? cache + (chunk.b * args.C * args.H + chunk.h) * n : nullptr),
-        fresh(tensor + ((chunk.b * args.L + chunk.token) * args.H + chunk.h) * n),
+      : cached(chunk.first > 0 ? cache + (chunk.sequence * args.C * args.H + chunk.h) * n : nullptr),
+        fresh(tensor + (chunk.token * args.H + chunk.h) * n),
         stride(args.H * n),
         first(chunk.first) {}
   DEVICE T* row(int64_t place) const { return (place < first ? cached : fresh) + place * stride; }
@@ -93,7 +93,7 @@ struct ScoreTile {
 template <int n>
 DEVICE unsigned dropped_keys(const ChunkAttention& args, const Chunk& chunk, uint32_t j, uint32_t i) {
   uint32_t words[4];
-  const auto b = static_cast<uint32_t>(chunk.b), h = static_cast<uint32_t>(chunk.h);
+  const auto b = static_cast<uint32_t>(chunk.sequence), h = static_cast<uint32_t>(chunk.h);
   dropkey_words(j >> 2, i, h, b, args.seed, words, MultiplyWide{});
   unsigned bits = 0;
   const unsigned skipped = j & 3;
@@ -105,6 +105,23 @@ DEVICE unsigned dropped_keys(const ChunkAttention& args, const Chunk& chunk, uin
     for (unsigned w = 0; w < 4; ++w) bits |= static_cast<unsigned>(words[w] < args.drop_below) << (w + 4);
   }
   return bits >> skipped & ((1u << n) - 1);
+}
+
+// Sets the tile's numbers to `value` where the key is dropped.
+template <class Tile>
+DEVICE void set_dropped(Tile& tile, const ChunkAttention& args, const ScoreTile& at, typename Tile::Sum value) {
+  // First the draws, as bits: the loop around them need not be unrolled.
+  static_assert(Tile::kRows * Tile::kColumns <= 64);
+  uint64_t dropped = 0;
+  for (int n = Tile::kRows * Tile::kColumns - Tile::kRun; n >= 0; n -= Tile::kRun) {
+    const auto i = static_cast<uint32_t>(at.query + Tile::row(n / Tile::kColumns));
+    const auto j = static_cast<uint32_t>(at.key + Tile::column(n % Tile::kColumns));
+    dropped = dropped << Tile::kRun | dropped_keys<Tile::kRun>(args, at.chunk, at.chunk.start + j, at.chunk.start + i);
+  }
+  UNROLL
+  for (int n = 0; n < Tile::kRows * Tile::kColumns; ++n) {
+    if (dropped >> n & 1) tile.sum[n / Tile::kColumns][n % Tile::kColumns] = value;
+  }
 }
 
 // Sets the scores of the keys that a query does not see to -infinity.
@@ -122,19 +139,7 @@ DEVICE void hide_keys(Tile& tile, const ChunkAttention& args, const ScoreTile& a
       }
     }
   }
-  if (args.drop_below == 0) return;
-  // First the draws, as bits: the loop around them need not be unrolled.
-  static_assert(Tile::kRows * Tile::kColumns <= 64);
-  uint64_t dropped = 0;
-  for (int n = Tile::kRows * Tile::kColumns - Tile::kRun; n >= 0; n -= Tile::kRun) {
-    const auto i = static_cast<uint32_t>(at.query + Tile::row(n / Tile::kColumns));
-    const auto j = static_cast<uint32_t>(at.key + Tile::column(n % Tile::kColumns));
-    dropped = dropped << Tile::kRun | dropped_keys<Tile::kRun>(args, at.chunk, at.chunk.start + j, at.chunk.start + i);
-  }
-  UNROLL
-  for (int n = 0; n < Tile::kRows * Tile::kColumns; ++n) {
-    if (dropped >> n & 1) tile.sum[n / Tile::kColumns][n % Tile::kColumns] = lowest;
-  }
+  if (args.drop_below != 0 && !args.drops_weights) set_dropped(tile, args, at, lowest);
 }
 
 // The tile into rows `begin` .. end - 1 of a chunk's tensor, from column `column` of `columns` on.

@@ -382,6 +382,9 @@ def chunk_attention(
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sliding: bool = False,
+    dropout_mode: str = "key",
 ) -> Tensor:
     """Causal softmax attention inside chunks of C steps: ``o_t = sum_s softmax_s(q_t . k_s) v_s``.
 
@@ -391,11 +394,21 @@ def chunk_attention(
         q, k: (B, L, H, S) activation, any L.
         v: (B, L, H, E) activation.
         chunk_size: C, >= 1.
-        dropout_p: probability with which a key is dropped before the softmax (DropKey).
+        dropout_p: probability with which a key, or its weight, is dropped.
         seed: of the dropped keys; the same seed drops the same keys.
         k_cache, v_cache: (B, C, H, S), (B, C, H, E): keys and values of the running chunk, of which
             the first ``position % C`` count; given together with position.
         position: (B) int64, steps before this call.
+        cu_seqlens: (segments + 1) int32 or int64, 0 first, T last and ascending: q, k (1, T, H, S)
+            and v (1, T, H, E) are one packed row, and its segments, tokens cu_seqlens[i] ..
+            cu_seqlens[i + 1] - 1, are what rows of a batch are, each with its own chunks; caches
+            and position have a row per segment. The values are checked on the CPU; on a GPU wrong
+            ones give wrong results, never access outside the tensors.
+        sliding: a window instead of chunks: s runs over the C steps up to and including t. The
+            caches then hold the last C steps before this call, step p in slot p % C. On a GPU not
+            implemented yet for more than one step.
+        dropout_mode: "key" drops keys before the softmax (DropKey); "weight" weights after it, of
+            which the others are divided by 1 - dropout_p.
 
     Returns:
         o (B, L, H, E) like v. A row with every key dropped is 0. Differentiable in q, k, v and the
@@ -404,7 +417,8 @@ def chunk_attention(
     Source: section 3.3 of the paper.
     """
     o: Tensor = _ops.chunk_attention(
-        q, k, v, chunk_size, dropout_p, seed, None, k_cache, v_cache, position
+        *(q, k, v, chunk_size, dropout_p, seed, cu_seqlens, k_cache, v_cache, position),
+        *(sliding, dropout_mode),
     )[0]
     return o
 

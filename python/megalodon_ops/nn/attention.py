@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -124,9 +126,15 @@ class MegaAttention(KeepsPrecision):
         """Attention and, where a state is wanted, the caches after it."""
         dropout_p = self.attention_dropout if self.training else 0.0
         seed = _draw_seed() if dropout_p > 0.0 else 0
-        cu_seqlens = None if packing is None else packing.cu_seqlens
+        attend = functools.partial(
+            F.chunk_attention,
+            *(q, k, v, self.chunk_size, dropout_p, seed),
+            cu_seqlens=None if packing is None else packing.cu_seqlens,
+            sliding=self.sliding,
+            dropout_mode=self.attention_dropout_mode,
+        )
         if state is None or position is None:
-            o = F.chunk_attention(q, k, v, self.chunk_size, dropout_p, seed, cu_seqlens=cu_seqlens)
+            o = attend()
             if not return_state:
                 return o, None
             rows = q.shape[0] if packing is None else packing.segments
@@ -144,8 +152,7 @@ class MegaAttention(KeepsPrecision):
                 q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, position, self.chunk_size, self.sliding
             )
             return o.unsqueeze(1), (k_cache, v_cache)
-        before = k_cache, v_cache, position
-        o = F.chunk_attention(q, k, v, self.chunk_size, dropout_p, seed, *before, cu_seqlens)
+        o = attend(k_cache=k_cache, v_cache=v_cache, position=position)
         if not return_state:
             return o, None
         return o, self._write(k_cache, v_cache, k, v, position, inplace_state, packing)

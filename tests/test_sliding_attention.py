@@ -1,0 +1,139 @@
+"""chunk_attention by a sliding window: random shapes, tiles, streams of any split, threads.
+
+On the CPU only: the CUDA kernel refuses it yet. What differs from chunks is which keys a query
+sees, so DropKey, packed rows and caches are met here, and all else in test_chunk_attention.py.
+"""
+
+import math
+from itertools import pairwise
+
+import packing
+import pytest
+import torch
+from backend import BACKEND
+from checks import DTYPES, as_tuple, check_forward, check_gradients, gradients
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megalodon_ops import chunk_attention, registry
+from megalodon_ops._library import Maker
+
+pytestmark = pytest.mark.skipif(BACKEND != "", reason="not implemented on CUDA yet")
+
+OP = registry["chunk_attention"]
+F64 = torch.float64
+Caches = tuple[Tensor | None, ...]
+
+
+def qkv(make: Maker, B: int, L: int, H: int, S: int, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    q = make.activation(B, L, H, S) * max(S, 1) ** -0.5
+    return q, make.activation(B, L, H, S), make.activation(B, L, H, E)
+
+
+def caches_of(make: Maker, starts: list[int] | None, C: int, H: int, S: int, E: int) -> Caches:
+    if starts is None:
+        return None, None, None
+    B = len(starts)
+    return make.activation(B, C, H, S), make.activation(B, C, H, E), make.ints(*starts)
+
+
+@given(
+    lengths=packing.LENGTHS,
+    rows=st.integers(0, 2),
+    packed=st.booleans(),
+    H=st.integers(1, 3),
+    S=st.integers(0, 40),
+    E=st.integers(0, 70),
+    C=st.sampled_from([1, 2, 3, 16, 63, 64, 65, 100]),
+    starts=st.none() | st.lists(st.integers(0, 10**6) | st.integers(0, 99), min_size=7, max_size=7),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+    mode=st.sampled_from(["key", "weight"]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(
+    isa: str,
+    lengths: list[int],
+    rows: int,
+    packed: bool,
+    H: int,
+    S: int,
+    E: int,
+    C: int,
+    starts: list[int] | None,
+    dropout_p: float,
+    mode: str,
+    dtype: torch.dtype,
+) -> None:
+    make, total = Maker(dtype), sum(lengths)
+    bounds = make.bounds(*lengths) if packed else None
+    B, states = (1, len(lengths)) if packed else (rows, rows)
+    caches = caches_of(make, None if starts is None else starts[:states], C, H, S, E)
+    args = (*qkv(make, B, total, H, S, E), C, dropout_p, 5, bounds, *caches, True, mode)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64], ids=str)
+@pytest.mark.parametrize("start", [None, 0, 150, 5000])
+@pytest.mark.parametrize(("L", "C"), [(700, 300), (300, 700), (1300, 256), (520, 8), (300, 257)])
+def test_several_tiles(L: int, C: int, start: int | None, dtype: torch.dtype) -> None:
+    """Windows over several tiles and key blocks, and several windows in a tile."""
+    make = Maker(dtype)
+    caches = caches_of(make, None if start is None else [start], C, 1, 16, 24)
+    args = (*qkv(make, 1, L, 1, 16, 24), C, 0.0, 0, None, *caches, True)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@given(
+    cuts=st.lists(st.integers(0, 90), max_size=5),
+    C=st.sampled_from([1, 7, 32, 90, 200]),
+    dropout_p=st.sampled_from([0.0, 0.4]),
+)
+def test_streams(cuts: list[int], C: int, dropout_p: float) -> None:
+    """f(a || b) = f(a) || f(b | state(a)), and the gradients; unwritten slots are never read."""
+    leaves = [t.requires_grad_() for t in qkv(Maker(F64), 2, 90, 2, 4, 3)]
+    whole, whole_lse = OP.overload(*leaves, C, dropout_p, 3, sliding=True)
+    outputs, lses = [], []
+    for begin, end in pairwise([0, *sorted(cuts), 90]):
+        caches = [t.new_full((2, C, *t.shape[2:]), math.nan) for t in leaves[1:]]
+        first = max(0, begin - C)
+        for cache, t in zip(caches, leaves[1:], strict=True):
+            cache[:, torch.arange(first, begin) % C] = t[:, first:begin]
+        part = [t[:, begin:end] for t in leaves]
+        position = torch.tensor([begin, begin])
+        o, lse = OP.overload(*part, C, dropout_p, 3, None, *caches, position, True)
+        outputs.append(o)
+        lses.append(lse)
+    streamed = torch.cat(outputs, 1)
+    torch.testing.assert_close(streamed, whole, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(torch.cat(lses, 2), whole_lse, rtol=1e-11, atol=1e-11)
+    weight = torch.arange(streamed.numel(), dtype=F64).sin().view_as(streamed)
+    got = torch.autograd.grad((streamed * weight).sum(), leaves)
+    want = torch.autograd.grad((whole * weight).sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_a_window_beyond_all_tokens_is_causal_attention() -> None:
+    q, k, v = qkv(Maker(F64), 2, 50, 2, 8, 6)
+    got = chunk_attention(q, k, v, 10**6, sliding=True)
+    torch.testing.assert_close(got, chunk_attention(q, k, v, 50))
+
+
+def test_threads_change_no_bit() -> None:
+    make = Maker(torch.float32)
+    args = (*qkv(make, 1, 900, 2, 16, 24), 128, 0.2, 3, None, None, None, None, True)
+    cotangents: list[Tensor | None] = [torch.ones(1, 900, 2, 24), None]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                outputs = as_tuple(OP.overload(*args))
+            results.append([*outputs, *gradients(OP.overload, args, cotangents)])
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
