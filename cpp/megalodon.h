@@ -207,7 +207,8 @@ MEGALODON_API int megalodon_chunk_attention_step_forward(const DLTensor* q, cons
 
 /* qk_norm_rope: z (B, L, H S) normalised per head, scaled by (gamma + 1) / sqrt(S), shifted by beta and rotated by the
  * token's place in its chunk. gamma, beta (2, H S), row 0 for q; position (B) or NULL: 0; q, k (B, L, H, S);
- * rstd (B, L, H). */
+ * rstd (B, L, H). With cu_seqlens (segments + 1), int32 or int64, 0, ascending, T: z (1, T, H S) is a packed row, the
+ * positions start anew in every segment, and position is (segments). */
 MEGALODON_API int megalodon_qk_norm_rope_forward_outputs(const DLTensor* z, const DLTensor* gamma, const DLTensor* beta,
                                                          int64_t num_heads, int64_t chunk_size, double rope_base,
                                                          const DLTensor* position, double eps,

@@ -335,6 +335,7 @@ def qk_norm_rope(
     rope_base: float = 10000.0,
     position: Tensor | None = None,
     eps: float = 1e-5,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys of normalized attention from their shared representation z.
 
@@ -346,20 +347,26 @@ def qk_norm_rope(
     position inside the chunk.
 
     Args:
-        z: (B, L, H * S) activation, S even.
+        z: (B, L, H * S) activation, S even; (1, T, H * S) with cu_seqlens.
         gamma, beta: (2, H * S) stat; row 0 for queries, row 1 for keys.
         num_heads: H.
         chunk_size: C; positions restart at multiples of it.
         rope_base: base of the rotation's frequencies.
-        position: (B) int64, steps before this call, or None for 0.
+        position: (B) int64, steps before this call, or None for 0; (segments) with cu_seqlens.
         eps: added to the mean square; positive.
+        cu_seqlens: (segments + 1) int32 or int64, 0, ascending, T: segment i of the packed row is
+            its tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1, whose positions start anew. Values
+            are checked on the CPU; on a GPU wrong ones give wrong results, never access outside the
+            tensors.
 
     Returns:
-        q, k: (B, L, H, S) like z. Differentiable in z, gamma and beta.
+        q, k: (B, L, H, S), or (1, T, H, S), like z. Differentiable in z, gamma and beta.
 
     Source: section 3.3 of the paper.
     """
-    q, k, _ = _ops.qk_norm_rope(z, gamma, beta, num_heads, chunk_size, rope_base, position, eps)
+    q, k, _ = _ops.qk_norm_rope(
+        z, gamma, beta, num_heads, chunk_size, rope_base, position, eps, cu_seqlens
+    )
     return q, k
 
 
