@@ -98,8 +98,10 @@ class Rotation {
     for (int64_t j = 0; j < args_.pairs; j += kLanes<double>) {
       Vec<double> c = splat(1.0), s = {};  // the angle is 0 where segments start, which may be short ones
       if (place_ != 0) sin_cos(load(table_ + j) * static_cast<double>(place_), s, c);
-      store(cosine_ + j, c);
-      store(sine_ + j, s);
+      if constexpr (!kInFloat) {
+        store(cosine_ + j, c);
+        store(sine_ + j, s);
+      }
       store_rounded(cosines_ + j, c);
       store_rounded(sines_ + j, s);
     }
