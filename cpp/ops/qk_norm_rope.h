@@ -53,8 +53,8 @@ struct QkNormRopePlaces {
       end = all.end(sequence);
     }
     while (end <= token && sequence + 1 < all.count) end = all.end(++sequence);
-    const int64_t start = args.position == nullptr ? 0 : args.position[sequence] % args.C;
-    return (start + (token - all.begin(sequence)) % args.C) % args.C;
+    const uint64_t start = args.position == nullptr ? 0 : args.position[sequence];
+    return static_cast<int64_t>((start + (token - all.begin(sequence))) % static_cast<uint64_t>(args.C));
   }
 };
 

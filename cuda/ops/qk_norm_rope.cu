@@ -31,6 +31,10 @@ template <class T>
 constexpr int kWide = sizeof(T) == 8 ? 4 : 8;
 constexpr int kNarrow = 2;
 
+// Blocks that a multiprocessor holds at once in backward, at least: with float, the registers of two.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
+
 template <int V, class T>
 DEVICE Pack<T, V> read(const T* from) {
   if constexpr (V > kNarrow) return load<V>(from);
@@ -74,22 +78,20 @@ struct Rows {
 // The places in their chunks of every `step`-th token.
 class Places {
  public:
-  DEVICE Places(const QkNormRope& args, int64_t token, int64_t step) : args_(args), step_in_chunk_(step % args.C) {
-    if (token < args.parts.count) place_ = places_.enter(args, token);
-  }
+  DEVICE Places(const QkNormRope& args, int64_t token, int step) : args_(args), step_(step) { enter(token); }
   DEVICE uint64_t place() const { return static_cast<uint64_t>(place_); }
   DEVICE void advance(int64_t token) {  // to the token, a step on
-    if (places_.is_beyond(token)) {
-      if (token < args_.parts.count) place_ = places_.enter(args_, token);
-      return;
-    }
-    place_ += step_in_chunk_;
-    if (place_ >= args_.C) place_ -= args_.C;
+    if (places_.is_beyond(token)) return enter(token);
+    place_ += step_;
+    if (place_ >= args_.C) place_ %= args_.C;
   }
 
  private:
+  DEVICE void enter(int64_t token) {
+    if (token < args_.parts.count) place_ = places_.enter(args_, token);
+  }
   const QkNormRope& args_;
-  const int64_t step_in_chunk_;
+  const int step_;
   QkNormRopePlaces places_;
   int64_t place_ = 0;
 };
@@ -221,7 +223,7 @@ DEVICE Pack<stat_t<T>, V> turn_back(const Pack<T, V>& z, const Pack<T, V>& dq, c
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<T>)
     qk_norm_rope_backward_kernel(QkNormRopeBackward args, int threads, double rate) {
   using A = stat_t<T>;
   const Rows rows = Rows::of(args, threads);
