@@ -32,10 +32,10 @@ struct Sequences {
     return packed ? clamped(at(i + 1), begin(i)) : (i + 1) * length;
   }
 
-  // A run of tokens of one sequence. `index` counts from the sequence's start; an empty sequence has one piece, which
-  // is empty and its last one.
+  // A run of tokens of one sequence. `index` counts the sequence's `count` pieces from its start; an empty sequence has
+  // one piece, which is empty and its last one.
   struct Piece {
-    int64_t sequence, index, begin, end;
+    int64_t sequence, index, count, begin, end;
     bool exists, last;
     MEGALODON_HOST_DEVICE constexpr int64_t tokens() const { return end - begin; }
   };
@@ -52,9 +52,9 @@ struct Sequences {
     const int64_t i =
         packed ? last_of([&](int64_t j) { return first_piece(j, size) <= number; }) : number / pieces_of(length, size);
     const int64_t index = number - first_piece(i, size), b = begin(i), e = end(i), n = pieces_of(e - b, size);
-    if (index < 0 || index >= n) return {i, index, e, e, false, false};
+    if (index < 0 || index >= n) return {i, index, n, e, e, false, false};
     const int64_t from = b + index * size;
-    return {i, index, from, from + size < e ? from + size : e, true, index == n - 1};
+    return {i, index, n, from, from + size < e ? from + size : e, true, index == n - 1};
   }
 
   // The sequence that a token belongs to.
@@ -62,16 +62,6 @@ struct Sequences {
     return packed ? last_of([&](int64_t j) { return begin(j) <= token; }) : token / length;
   }
 
- private:
-  static MEGALODON_HOST_DEVICE constexpr int64_t pieces_of(int64_t tokens, int64_t size) {
-    return tokens <= size ? 1 : (tokens - 1) / size + 1;
-  }
-  MEGALODON_HOST_DEVICE int64_t at(int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(cu_seqlens)[i] : static_cast<const int32_t*>(cu_seqlens)[i];
-  }
-  MEGALODON_HOST_DEVICE constexpr int64_t clamped(int64_t value, int64_t least) const {
-    return value < least ? least : value > length ? length : value;
-  }
   // The last sequence for which `holds`, which holds up to some sequence; 0 if it holds for none.
   template <class Holds>
   MEGALODON_HOST_DEVICE int64_t last_of(Holds&& holds) const {
@@ -85,6 +75,17 @@ struct Sequences {
       }
     }
     return low;
+  }
+
+ private:
+  static MEGALODON_HOST_DEVICE constexpr int64_t pieces_of(int64_t tokens, int64_t size) {
+    return tokens <= size ? 1 : (tokens - 1) / size + 1;
+  }
+  MEGALODON_HOST_DEVICE int64_t at(int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(cu_seqlens)[i] : static_cast<const int32_t*>(cu_seqlens)[i];
+  }
+  MEGALODON_HOST_DEVICE constexpr int64_t clamped(int64_t value, int64_t least) const {
+    return value < least ? least : value > length ? length : value;
   }
 };
 

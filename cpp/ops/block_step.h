@@ -159,9 +159,9 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   s.timenorm.count = s.count = static_cast<int64_t*>(count.data);
   s.timenorm.mean = s.timenorm.last_mean = mean.data;
   s.timenorm.var = s.timenorm.last_var = var.data;
-  s.timenorm.B = s.cema.B = s.rmsnorm.R = s.attention.B = s.norm.R = s.B;
-  s.timenorm.L = s.cema.L = 1;
-  s.rope.sequences = Sequences::of_rows(s.B, 1);
+  s.cema.B = s.rmsnorm.R = s.attention.B = s.norm.R = s.B;
+  s.cema.L = 1;
+  s.timenorm.sequences = s.rope.sequences = Sequences::of_rows(s.B, 1);
   s.timenorm.D = s.cema.D = s.rmsnorm.D = s.norm.D = s.D;
   s.timenorm.G = G.size;
   s.timenorm.eps = s.rmsnorm.eps = s.rope.eps = s.norm.eps = in.eps;
