@@ -63,12 +63,14 @@ DEVICE void publish_none(Slot* tiles, int tile_count, int tile) {
   if (tile % kWindow == kWindow - 1) store_release(&tiles[tile_count + tile / kWindow].is_published, 1);
 }
 
-// The next ticket of all blocks, known to all threads of this one.
-DEVICE uint32_t take_ticket(uint32_t* next) {
-  SHARED(uint32_t, ticket);
-  if (threadIdx.x == 0) ticket = atomic_add(next, 1);
+// make(ticket) of the next ticket of all blocks, in shared memory; without a counter the ticket is the block's index.
+template <class Make>
+DEVICE const auto& take_ticket(uint32_t* next, Make&& make) {
+  using Made = decltype(make(uint32_t{}));
+  SHARED(Made, made);
+  if (threadIdx.x == 0) made = make(next == nullptr ? static_cast<uint32_t>(blockIdx.x) : atomic_add(next, 1));
   sync_block();  // it has been taken
-  return ticket;
+  return made;
 }
 
 // Tickets and slots before they are used.

@@ -76,28 +76,29 @@ __global__ void __launch_bounds__(kThreads, 2)
   static_assert(sizeof held >= 2 * kWarps * kColumns * sizeof(A));
   A* const columns = reinterpret_cast<A*>(held);
   auto* memory = static_cast<char*>(args.workspace);
-  const uint32_t ticket = take_ticket(reinterpret_cast<uint32_t*>(memory));
-  const Work work = Work::of(plan, args.sequences, ticket, true, args.padding_mask);
+  const Tile& tile = take_ticket(reinterpret_cast<uint32_t*>(memory),
+                                 [&](uint32_t ticket) { return Tile::of(plan, args.sequences, ticket, true); });
   // The sums of dweight and dbias that the tile adds to, and when.
   const int parts = static_cast<int>(room.parts);
-  const int part = work.number % parts;
-  const auto turn = static_cast<uint32_t>(work.number / parts);
-  uint32_t* const turns = reinterpret_cast<uint32_t*>(memory + room.turns) + work.slice * room.parts + part;
-  if (!work.is_piece) {
-    work.publish_nothing(memory + room.slots, plan, args.G);
+  const int part = tile.number % parts;
+  const auto turn = static_cast<uint32_t>(tile.number / parts);
+  uint32_t* const turns = reinterpret_cast<uint32_t*>(memory + room.turns) + tile.slice * room.parts + part;
+  if (!tile.is_piece) {
+    tile.publish_nothing(memory + room.slots, plan, args.G);
     if (threadIdx.x > 0) return;
     while (load_acquire(turns) != turn) {
     }
     return store_release(turns, turn + 1);
   }
+  const Work work(plan, tile, args.padding_mask);
   const bool exists = work.group < args.G;
   const bool leads = exists && work.lane_of_group == 0;
 
   Pack<T, V> x[kHeld];
   Pack<T, V> dy[kHeld];
   const auto size = static_cast<A>(plan.K);
-  const auto* means = static_cast<const A*>(args.step_mean) + work.first_row * args.G + work.group;
-  const auto* rstds = static_cast<const A*>(args.step_rstd) + work.first_row * args.G + work.group;
+  const auto* means = static_cast<const A*>(args.step_mean) + tile.first_row * args.G + work.group;
+  const auto* rstds = static_cast<const A*>(args.step_rstd) + tile.first_row * args.G + work.group;
   const bool reads_again = plan.chunks > 1;
   const auto load_weight = [&](int64_t column, bool mine) {
     return mine ? load<V>(static_cast<const A*>(args.weight) + column) : Pack<A, V>{};
@@ -140,21 +141,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   sync_block();  // every step's sums are there
 
   const int count = count_bits(work.steps);
-  const int64_t start = args.count == nullptr ? 0 : args.count[work.sequence];
-  const int64_t first_row = args.sequences.begin(work.sequence);
-  int64_t before = work.first_row - first_row;
-  int64_t total = args.sequences.end(work.sequence) - first_row;
+  const int64_t start = args.count == nullptr ? 0 : args.count[tile.sequence];
+  const int64_t first_row = args.sequences.begin(tile.sequence);
+  int64_t before = tile.first_row - first_row;
+  int64_t total = args.sequences.end(tile.sequence) - first_row;
   if (args.padding_mask != nullptr) {
     const auto* counts =
-        reinterpret_cast<const int64_t*>(memory + room.counts) + first_count(args.sequences, work.sequence);
+        reinterpret_cast<const int64_t*>(memory + room.counts) + first_count(args.sequences, tile.sequence);
     before = counts[before / kSteps];
     total = counts[tiles_of(total)];
   }
   const double last_n = start + total > 0 ? static_cast<double>(start + total) : 1;
   for (int i = work.warp; i < plan.groups; i += kWarps) {
-    const int g = work.slice * plan.groups + i;
+    const int g = tile.slice * plan.groups + i;
     if (g >= args.G) break;
-    const int64_t state = work.sequence * args.G + g;
+    const int64_t state = tile.sequence * args.G + g;
     const bool some = work.lane < count;
     const int rank = some ? count - 1 - work.lane : 0;  // the last step first
     Change step = {};
@@ -173,14 +174,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (args.dvar != nullptr) last.var = static_cast<const A*>(args.dvar)[state] / last_n;
       return last;
     };
-    Slot* const chain = work.slots_of(memory + room.slots, plan, args.G, g);
-    const Adjoints later = look_back(chain, plan.tiles, work.first, work.tile, all, given, fold, apply);
+    Slot* const chain = tile.slots_of(memory + room.slots, plan, args.G, g);
+    const Adjoints later = look_back(chain, plan.tiles, tile.first, tile.tile, all, given, fold, apply);
     if (some) {
       const Adjoints a = apply(later, steps);
       shift[i][rank] = static_cast<A>(a.mean + step.e * a.var) / size;
       slope[i][rank] = static_cast<A>(2 * a.var) / size;
     }
-    if (work.lane > 0 || !work.is_last || args.dmean0 == nullptr) continue;
+    if (work.lane > 0 || !tile.is_last || args.dmean0 == nullptr) continue;
     const Adjoints first = apply(later, all);
     const double first_n = start + total > 0 ? static_cast<double>(start) : 1;
     static_cast<A*>(args.dmean0)[state] = static_cast<A>(first_n * first.mean);
@@ -197,9 +198,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int p = 0; p < kHeld; ++p) {
       const int step = work.step(p);
       hold_packed(dy[p]);
-      if (!mine || step >= work.length) continue;
+      if (!mine || step >= tile.length) continue;
       Pack<T, V> dx = {};
-      const int64_t at = (work.first_row + step) * args.D + column;
+      const int64_t at = (tile.first_row + step) * args.D + column;
       if (work.has(p)) {
         const Pack<T, V> again = reads_again ? load<V>(static_cast<const T*>(args.x) + at) : held[p][threadIdx.x];
         const A mean = means[step * args.G];
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     sync_block();  // the warps' sums are there, and it is this tile's turn
     for (int i = static_cast<int>(threadIdx.x); i < 2 * kColumns; i += kThreads) {
       const int of_chunk = i % kColumns / V;
-      const int64_t g = work.slice * plan.groups + of_chunk / plan.lanes;
+      const int64_t g = tile.slice * plan.groups + of_chunk / plan.lanes;
       const int64_t unit = c * plan.lanes + of_chunk % plan.lanes;
       if (g >= args.G || unit >= plan.units) continue;
       A sum = 0;
