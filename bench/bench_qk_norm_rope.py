@@ -56,3 +56,27 @@ def test_qk_norm_rope(
         backward=backward,
         peers={"torch": _torch},
     )
+
+
+SEGMENTS = (512, 64, 1400, 300, 900, 180, 740)  # tokens; 4096 in all
+
+
+def _unpacked(*args: Any) -> tuple[Tensor, ...]:
+    """The same tokens as one row."""
+    outputs: tuple[Tensor, ...] = OP.overload(*args[:-1], None)
+    return outputs
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("H", "S"), [(1, 256), (4, 256)], ids=["H1", "H4"])
+def test_packed(benchmark: Any, H: int, S: int, dtype: torch.dtype, backward: bool) -> None:
+    make = maker(dtype)
+    measure(
+        benchmark,
+        OP,
+        (*_arguments(dtype, 1, 8192, H, S)[:-1], make.bounds(*SEGMENTS * 2)),
+        (*_arguments(dtype, 1, 100, H, S)[:-1], make.bounds(40, 0, 1, 59)),
+        backward=backward,
+        peers={"unpacked": _unpacked},
+    )

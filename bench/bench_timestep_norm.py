@@ -39,3 +39,31 @@ def test_timestep_norm(benchmark: Any, D: int, G: int, dtype: torch.dtype, backw
         backward=backward,
         peers={"torch": _torch},
     )
+
+
+SEGMENTS = (512, 64, 1400, 300, 900, 180, 740)  # tokens; 4096 in all
+
+
+def _unpacked(*args: Any) -> tuple[Tensor, ...]:
+    """The same tokens as one row."""
+    y: tuple[Tensor, ...] = OP.overload(*args[:-1], None)
+    return y
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("D", "G"), [(512, 32), (1024, 32)])
+def test_packed(benchmark: Any, D: int, G: int, dtype: torch.dtype, backward: bool) -> None:
+    make, none = maker(dtype), (None,) * 4
+    measure(
+        benchmark,
+        OP,
+        (
+            *_arguments(dtype, 1, 4194304 // D, D, G),
+            *none,
+            make.bounds(*SEGMENTS * (1024 // D)),
+        ),
+        (*_arguments(dtype, 1, 64, D, G), *none, make.bounds(30, 0, 1, 33)),
+        backward=backward,
+        peers={"unpacked": _unpacked},
+    )

@@ -219,7 +219,8 @@ MEGALODON_API int megalodon_chunk_attention_step_forward(const DLTensor* q, cons
 
 /* qk_norm_rope: z (B, L, H S) normalised per head, scaled by (gamma + 1) / sqrt(S), shifted by beta and rotated by the
  * token's place in its chunk. gamma, beta (2, H S), row 0 for q; position (B) or NULL: 0; q, k (B, L, H, S);
- * rstd (B, L, H). */
+ * rstd (B, L, H). With cu_seqlens (segments + 1), int32 or int64, 0, ascending, T: z (1, T, H S) is a packed row, the
+ * positions start anew in every segment, and position is (segments). */
 MEGALODON_API int megalodon_qk_norm_rope_forward_outputs(const DLTensor* z, const DLTensor* gamma, const DLTensor* beta,
                                                          int64_t num_heads, int64_t chunk_size, double rope_base,
                                                          const DLTensor* position, double eps,
@@ -274,7 +275,9 @@ MEGALODON_API int megalodon_silu_mul_backward(const DLTensor* dy, const DLTensor
                                               DLTensor* db, void* stream);
 /* timestep_norm: every group of D / num_groups channels normalised by its mean and variance over all time steps so far,
  * which is also a state that streams: ops/timestep_norm.h. x, y (B, L, D); weight, bias (D); count (B); mean, var (B,
- * G), given all three or none; padding_mask (B, L), true = padded; step_mean, step_rstd (B, L, G). */
+ * G), given all three or none; padding_mask (B, L), true = padded; step_mean, step_rstd (B, L, G). With cu_seqlens
+ * (segments + 1), int32 or int64, 0, ascending, T: x (1, T, D) is a packed row, every segment has its own statistics, and
+ * count, mean and var have a row per segment. */
 MEGALODON_API int megalodon_timestep_norm_forward_outputs(const DLTensor* x, const DLTensor* weight,
                                                           const DLTensor* bias, int64_t num_groups, double eps,
                                                           const DLTensor* count, const DLTensor* mean,

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from backend import values_are_read
+from backend import BACKEND, values_are_read
 from checks import DTYPES, check_forward, check_gradients
 from hypothesis import given
 from hypothesis import strategies as st
+from packing import BAD_BOUNDS, BOUNDS_DTYPES, LENGTHS
 from torch import Tensor
 
 from megalodon_ops import qk_norm_rope, registry
@@ -160,8 +161,64 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         qk_norm_rope(**{**arguments, **change})
 
 
-def test_packed_rows_are_refused() -> None:
-    args = list(arguments(torch.float32, 1, 3, 1, 4, 4))
-    args[8] = torch.tensor([0, 3])
-    with pytest.raises(NotImplementedError, match="qk_norm_rope: cu_seqlens"):
-        OP.overload(*args)
+@given(
+    lengths=LENGTHS,
+    bounds_dtype=BOUNDS_DTYPES,
+    H=st.integers(1, 3),
+    pairs=st.integers(1, 70),
+    C=st.integers(1, 50),
+    starts=st.none() | st.lists(st.integers(0, 10**12), min_size=7, max_size=7),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_packed(
+    isa: str,
+    lengths: list[int],
+    bounds_dtype: torch.dtype,
+    H: int,
+    pairs: int,
+    C: int,
+    starts: list[int] | None,
+    dtype: torch.dtype,
+) -> None:
+    position = None if starts is None else torch.tensor(starts[: len(lengths)])
+    args = arguments(dtype, 1, sum(lengths), H, 2 * pairs, C, position)
+    bounds = Maker(dtype).bounds(*lengths, dtype=bounds_dtype)
+    check_forward(OP, (*args[:-1], bounds))
+    check_gradients(OP, (*args[:-1], bounds))
+
+
+def test_many_segments() -> None:
+    """Thousands of them, most empty or short, beside the same tokens in rows of one segment."""
+    count = 10_000 if BACKEND == "" else 500
+    lengths = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(0))
+    make = Maker(torch.float32)
+    starts = torch.arange(count) % 11
+    args = list(arguments(torch.float32, 1, int(lengths.sum()), 1, 8, 5, starts))
+    args[-1] = make.bounds(*lengths.tolist())
+    q, k, _ = OP.overload(*args)
+    tokens = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    alone = [args[0].view(-1, 1, 8), *args[1:6], starts.repeat_interleave(lengths) + tokens, 1e-5]
+    want_q, want_k, _ = OP.overload(*alone, None)
+    torch.testing.assert_close(q[0], want_q[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(k[0], want_k[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bounds", "error", "message"), BAD_BOUNDS)
+def test_bad_bounds(bounds: Tensor, error: type[Exception], message: str) -> None:
+    z, gamma, beta, *_ = arguments(torch.float32, 1, 6, 1, 4, 4)
+    with pytest.raises(error, match=f"qk_norm_rope: .*{message}"):
+        qk_norm_rope(z, gamma, beta, 1, 4, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize(
+    ("rows", "position", "message"),
+    [
+        (2, None, r"z must be one packed row, \[1, T, ...\], .*; got \[2, 3, 4\]"),
+        (1, torch.tensor([5]), r"position must be \[segments\] with segments = 2; got \[1\]"),
+    ],
+)
+def test_bad_packed_arguments(rows: int, position: Tensor | None, message: str) -> None:
+    z, gamma, beta, *_ = arguments(torch.float32, rows, 3, 1, 4, 4)
+    bounds = torch.tensor([0, 2, 3])
+    with pytest.raises(ValueError, match=f"qk_norm_rope: {message}"):
+        qk_norm_rope(z, gamma, beta, 1, 4, position=position, cu_seqlens=bounds)

@@ -1,6 +1,7 @@
 // The loop that uses all threads. Kernels never make threads: the engine is ours or the caller's (megalodon.h).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -24,6 +25,17 @@ void parallel_for(int64_t count, int64_t grain, Body&& body) {
   run_parallel(
       count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); },
       &body);
+}
+
+// The same for items of unequal work: a thread takes `grain` of them, the next ones whenever it is done.
+template <class Body>
+void parallel_take(int64_t count, int64_t grain, Body&& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for((count + grain - 1) / grain, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < count;) {
+      body(begin, begin + grain < count ? begin + grain : count);
+    }
+  });
 }
 
 // A range of `count` items cut into at most `most` parts of at least `least` items, by its size alone: partial sums

@@ -32,10 +32,10 @@ struct Sequences {
     return packed ? clamped(at(i + 1), begin(i)) : (i + 1) * length;
   }
 
-  // A run of tokens of one sequence. `index` counts from the sequence's start; an empty sequence has one piece, which
-  // is empty and its last one.
+  // A run of tokens of one sequence. `index` counts the sequence's `count` pieces from its start; an empty sequence has
+  // one piece, which is empty and its last one.
   struct Piece {
-    int64_t sequence, index, begin, end;
+    int64_t sequence, index, count, begin, end;
     bool exists, last;
     MEGALODON_HOST_DEVICE constexpr int64_t tokens() const { return end - begin; }
   };
@@ -85,11 +85,11 @@ struct Sequences {
 
  private:
   MEGALODON_HOST_DEVICE Piece piece_of(int64_t i, int64_t index, int64_t size) const {
-    if (i >= count) return {count, 0, tokens(), tokens(), false, true};
+    if (i >= count) return {count, 0, 0, tokens(), tokens(), false, true};
     const int64_t b = begin(i), e = end(i), n = pieces_of(e - b, size);
-    if (index < 0 || index >= n) return {i, index, e, e, false, false};
+    if (index < 0 || index >= n) return {i, index, n, e, e, false, false};
     const int64_t from = b + index * size;
-    return {i, index, from, from + size < e ? from + size : e, true, index == n - 1};
+    return {i, index, n, from, from + size < e ? from + size : e, true, index == n - 1};
   }
   static MEGALODON_HOST_DEVICE constexpr int64_t pieces_of(int64_t tokens, int64_t size) {
     return tokens <= size ? 1 : (tokens - 1) / size + 1;

@@ -162,8 +162,8 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   s.timenorm.count = s.count = static_cast<int64_t*>(count.data);
   s.timenorm.mean = s.timenorm.last_mean = mean.data;
   s.timenorm.var = s.timenorm.last_var = var.data;
-  s.timenorm.B = s.rmsnorm.R = s.rope.B = s.attention.B = s.norm.R = s.B;
-  s.timenorm.L = s.rope.L = 1;
+  s.rmsnorm.R = s.attention.B = s.norm.R = s.B;
+  s.timenorm.sequences = s.rope.sequences = Sequences::of_rows(s.B, 1);
   s.timenorm.D = s.cema.D = s.rmsnorm.D = s.norm.D = s.D;
   s.timenorm.G = G.size;
   s.timenorm.eps = s.rmsnorm.eps = s.rope.eps = s.norm.eps = in.eps;

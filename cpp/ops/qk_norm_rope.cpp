@@ -1,14 +1,14 @@
 // qk_norm_rope on the CPU.
 //
 // Computes  queries and keys from the shared z, and the gradients (ops/qk_norm_rope.h); arXiv 2404.08801.
-// Layout    z, q, k (B, L, H, S); gamma, beta (2, H, S); rstd (B, L, H).
+// Layout    z, q, k (tokens, H, S); gamma, beta (2, H, S); rstd (tokens, H); a token is of a row or a packed segment.
 // Mapping   fixed parts of the tokens are split over the threads. Cosines and sines of a token are made once for all
 //           heads; a vector of pairs is worked on as two vectors of interleaved components.
 // Traffic   forward 3, backward 4 elements moved per element of z, about 20 and 40 FLOPs: memory-bound.
 // Numerics  angles in double: exact at every kExactEvery-th token, between them one complex multiplication per token,
 //           whose error stays below 1e-14 (in float, 1e-5, where z has 16 bits). dgamma, dbeta: a partial sum per
 //           part, added in order.
-// Limits    S must be even; any B, L, H, chunk_size and position.
+// Limits    S must be even; any B, L, H, chunk_size, position and lengths of segments.
 #include "ops/qk_norm_rope.h"
 
 #include <cmath>
@@ -70,15 +70,15 @@ class Rotation {
   const A* cosines() const { return cosines_; }
   const A* sines() const { return sines_; }
 
-  // To token bt, which follows the one before.
-  void move_to(int64_t bt) {
-    ++t_;
-    ++place_;
-    if (since_ == 0 || t_ == args_.L || place_ == args_.C) {
-      const int64_t b = bt / args_.L, C = args_.C;
-      const int64_t start = args_.position == nullptr ? 0 : args_.position[b] % C;
-      t_ = bt % args_.L;
-      place_ = (start + t_ % C) % C;
+  // To the token, which follows the one before.
+  void move_to(int64_t token) {
+    const bool enters = places_.is_beyond(token);
+    if (enters) {
+      place_ = places_.enter(args_, token);
+    } else if (++place_ == args_.C) {
+      place_ = 0;
+    }
+    if (enters || place_ == 0 || since_ == 0) {
       since_ = kExactEvery;
       compute();
     } else if constexpr (kInFloat) {
@@ -96,10 +96,12 @@ class Rotation {
  private:
   void compute() {
     for (int64_t j = 0; j < args_.pairs; j += kLanes<double>) {
-      Vec<double> c, s;
-      sin_cos(load(table_ + j) * static_cast<double>(place_), s, c);
-      store(cosine_ + j, c);
-      store(sine_ + j, s);
+      Vec<double> c = splat(1.0), s = {};  // the angle is 0 where segments start, which may be short ones
+      if (place_ != 0) sin_cos(load(table_ + j) * static_cast<double>(place_), s, c);
+      if constexpr (!kInFloat) {
+        store(cosine_ + j, c);
+        store(sine_ + j, s);
+      }
       store_rounded(cosines_ + j, c);
       store_rounded(sines_ + j, s);
     }
@@ -120,8 +122,8 @@ class Rotation {
   const double* table_;
   double *cosine_, *sine_;
   A *cosines_, *sines_;
-  int64_t t_ = -1;
-  int64_t place_ = -1;
+  QkNormRopePlaces places_;
+  int64_t place_ = 0;
   int64_t since_ = 0;  // tokens until the next exact one
 };
 
@@ -229,13 +231,13 @@ void forward(const QkNormRopeForward& args) {
   parallel_for(args.parts.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
-      for (int64_t bt = args.parts.begin(part); bt < args.parts.end(part); ++bt) {
-        rotation.move_to(bt);
+      for (int64_t token = args.parts.begin(part); token < args.parts.end(part); ++token) {
+        rotation.move_to(token);
         for (int64_t h = 0; h < args.H; ++h) {
-          const int64_t at = (bt * args.H + h) * S;
+          const int64_t at = (token * args.H + h) * S;
           const A mean = sum_of_squares<T, A>(static_cast<const T*>(args.z) + at, S) / static_cast<A>(S);
           const A rstd = A(1) / std::sqrt(mean + static_cast<A>(args.eps));
-          static_cast<A*>(args.rstd)[bt * args.H + h] = rstd;
+          static_cast<A*>(args.rstd)[token * args.H + h] = rstd;
           forward_head<T, A>(args, at, h, rotation, rstd * norm);
         }
       }
@@ -245,15 +247,15 @@ void forward(const QkNormRopeForward& args) {
 
 // One token and head of backward: adds to sums [4, H S] (dgamma, then dbeta) and fills dz.
 template <class T, class A>
-void backward_head(const QkNormRopeBackward& args, int64_t bt, int64_t h, const Rotation<T>& rotation, A* sums,
+void backward_head(const QkNormRopeBackward& args, int64_t token, int64_t h, const Rotation<T>& rotation, A* sums,
                    A* dzn) {
   constexpr int64_t W = kLanes<A>;
-  const int64_t S = args.S, D = args.H * S, at = bt * D + h * S;
+  const int64_t S = args.S, D = args.H * S, at = token * D + h * S;
   const T* z = static_cast<const T*>(args.z) + at;
   const T* dq = static_cast<const T*>(args.dq) + at;
   const T* dk = static_cast<const T*>(args.dk) + at;
   const A *gq = static_cast<const A*>(args.gamma) + h * S, *gk = gq + D;
-  const A rstd = static_cast<const A*>(args.rstd)[bt * args.H + h];
+  const A rstd = static_cast<const A*>(args.rstd)[token * args.H + h];
   const A norm = A(1) / std::sqrt(static_cast<A>(S));
   A *dgq = sums + h * S, *dgk = dgq + D, *dbq = dgk + D, *dbk = dbq + D;
   Vec<A> dot = {};
@@ -306,10 +308,10 @@ void backward(const QkNormRopeBackward& args) {
       Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
       A* sums = partial + part * 4 * D;
       std::memset(sums, 0, 4 * D * sizeof(A));
-      for (int64_t bt = args.parts.begin(part); bt < args.parts.end(part); ++bt) {
-        rotation.move_to(bt);
+      for (int64_t token = args.parts.begin(part); token < args.parts.end(part); ++token) {
+        rotation.move_to(token);
         for (int64_t h = 0; h < args.H; ++h) {
-          backward_head<T, A>(args, bt, h, rotation, sums, dzn + part * 2 * args.pairs);
+          backward_head<T, A>(args, token, h, rotation, sums, dzn + part * 2 * args.pairs);
         }
       }
     }
@@ -362,7 +364,7 @@ extern "C" int megalodon_qk_norm_rope_forward(const DLTensor* z, const DLTensor*
     Checker c("qk_norm_rope");
     const QkNormRopeForward args = check_qk_norm_rope(c, z, gamma, beta, num_heads, chunk_size, rope_base, position,
                                                       eps, cu_seqlens, {q, k, rstd, workspace});
-    c.not_negative("position", args.position, args.B);
+    c.not_negative("position", args.position, args.sequences.count);
     run_on(c, args, cpu::qk_norm_rope_forward, cuda::qk_norm_rope_forward, stream);
   });
 }
@@ -390,7 +392,7 @@ extern "C" int megalodon_qk_norm_rope_backward(const DLTensor* dq, const DLTenso
     const QkNormRopeBackward args =
         check_qk_norm_rope_backward(c, dq, dk, z, gamma, beta, rstd, num_heads, chunk_size, rope_base, position, eps,
                                     cu_seqlens, {dz, dgamma, dbeta, workspace});
-    c.not_negative("position", args.position, args.B);
+    c.not_negative("position", args.position, args.sequences.count);
     run_on(c, args, cpu::qk_norm_rope_backward, cuda::qk_norm_rope_backward, stream);
   });
 }

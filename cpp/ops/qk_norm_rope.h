@@ -2,7 +2,8 @@
 //
 //   zn = z * rstd,   rstd = 1 / sqrt(mean over S of z^2 + eps)   per token and head
 //   q = rope(zn * (gamma[0] + 1) / sqrt(S) + beta[0]),   k = rope(zn * (gamma[1] + 1) / sqrt(S) + beta[1])
-// rope turns the pair (u[2j], u[2j+1]) by the angle p * base^(-2j/S), p = (position[b] + t) mod chunk_size.
+// rope turns the pair (u[2j], u[2j+1]) by the angle p * base^(-2j/S), p = (position[b] + t) mod chunk_size. With
+// cu_seqlens, z is one packed row of T tokens, and b is the segment of a token, t its place in there.
 //
 // Gradients, with uq, uk = the gradients of q, k turned back and s_i = (gamma[i] + 1) / sqrt(S):
 //   dbeta = sum of (uq, uk), dgamma = sum of (uq, uk) * zn / sqrt(S) over tokens,
@@ -19,26 +20,48 @@ namespace megalodon {
 
 struct QkNormRope {
   DType dtype;              // of z, q, k and their gradients
-  const void* z;            // [B, L, H, S]
+  const void* z;            // [tokens, H, S]
   const void* gamma;        // [2, H, S] stat
   const void* beta;         // [2, H, S] stat
-  const int64_t* position;  // [B], nullptr: 0
-  int64_t B, L, H, S, C;
+  const int64_t* position;  // [sequences], nullptr: 0
+  Sequences sequences;
+  int64_t H, S, C;
   double rope_base;
-  Parts parts;    // of the B L tokens
+  Parts parts;    // of the tokens
   int64_t pairs;  // S / 2, rounded up to whole vectors
 
   // By the sizes. On the GPU a part of backward is what the blocks of the H heads work on: enough of them to fill it.
   void divide(bool on_cuda = false) {
-    parts = on_cuda ? Parts::of(B * L, 16, std::max<int64_t>(1, 1024 / H)) : Parts::of(B * L, 64);
+    parts =
+        on_cuda ? Parts::of(sequences.tokens(), 16, std::max<int64_t>(1, 1024 / H)) : Parts::of(sequences.tokens(), 64);
     pairs = round_up(S / 2, 16);
   }
 };
 
+// Of a token its sequence, and its place in the chunk; for tokens that are asked for in ascending order.
+struct QkNormRopePlaces {
+  int64_t sequence = -1;
+  int64_t end = 0;  // of the sequence
+
+  // Whether the token is beyond the sequence of the one before.
+  MEGALODON_HOST_DEVICE bool is_beyond(int64_t token) const { return token >= end; }
+  // Goes on to the token's sequence. Packed, there may be thousands: they are walked through, not searched again.
+  MEGALODON_HOST_DEVICE int64_t enter(const QkNormRope& args, int64_t token) {
+    const Sequences& all = args.sequences;
+    if (sequence < 0 || !all.packed) {
+      sequence = all.of_token(token);
+      end = all.end(sequence);
+    }
+    while (end <= token && sequence + 1 < all.count) end = all.end(++sequence);
+    const uint64_t start = args.position == nullptr ? 0 : args.position[sequence];
+    return static_cast<int64_t>((start + (token - all.begin(sequence))) % static_cast<uint64_t>(args.C));
+  }
+};
+
 struct QkNormRopeForward : QkNormRope {
-  void* q;          // [B, L, H, S]
-  void* k;          // [B, L, H, S]
-  void* rstd;       // [B, L, H] stat
+  void* q;          // [tokens, H, S]
+  void* k;          // [tokens, H, S]
+  void* rstd;       // [tokens, H] stat
   void* workspace;  // double: angles and steps [3, pairs], then [parts, 4, pairs]; empty on the GPU
   double eps;
 
@@ -46,10 +69,10 @@ struct QkNormRopeForward : QkNormRope {
 };
 
 struct QkNormRopeBackward : QkNormRope {
-  const void* dq;    // [B, L, H, S]
-  const void* dk;    // [B, L, H, S]
-  const void* rstd;  // [B, L, H] stat
-  void* dz;          // [B, L, H, S]
+  const void* dq;    // [tokens, H, S]
+  const void* dk;    // [tokens, H, S]
+  const void* rstd;  // [tokens, H] stat
+  void* dz;          // [tokens, H, S]
   void* dgamma;      // [2, H, S] stat
   void* dbeta;       // [2, H, S] stat
   void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, [parts, 2 pairs] of dzn;
@@ -61,7 +84,7 @@ static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in,
                                                double rope_base, const DLTensor* position_in, double eps,
                                                const DLTensor* cu_seqlens, QkNormRope& args) {
   const Tensor z = c.activation("z", z_in, {any("B"), any("L"), any("D")});
-  const Dim B = z.dim(0, "B"), D = z.dim(2, "D");
+  const Dim D = z.dim(2, "D");
   const DType stat = stat_dtype(z.dtype);
   const Tensor gamma = c.tensor("gamma", gamma_in, stat, {Dim{"2", 2}, D});
   const Tensor beta = c.tensor("beta", beta_in, stat, {Dim{"2", 2}, D});
@@ -71,16 +94,14 @@ static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in,
             "H * S = " + std::to_string(D.size));
   c.at_least("chunk_size", chunk_size, 1);
   c.positive("rope_base", rope_base);
-  const Tensor position = c.optional("position", position_in, DType::kInt64, {B});
+  args.sequences = c.sequences(z, cu_seqlens);
+  const Tensor position = c.optional("position", position_in, DType::kInt64, {Checker::rows_of(z, args.sequences)});
   c.positive("eps", eps);
-  c.no_cu_seqlens(cu_seqlens);
   args.dtype = z.dtype;
   args.z = z.data;
   args.gamma = gamma.data;
   args.beta = beta.data;
   args.position = static_cast<const int64_t*>(position.data);
-  args.B = B.size;
-  args.L = z.shape[1];
   args.H = num_heads;
   args.S = D.size / num_heads;
   args.C = chunk_size;
@@ -96,9 +117,10 @@ static inline QkNormRopeForward check_qk_norm_rope(Checker& c, const DLTensor* z
   QkNormRopeForward args{};
   const Tensor z = check_qk_norm_rope_inputs(c, z_in, gamma, beta, num_heads, chunk_size, rope_base, position, eps,
                                              cu_seqlens, args);
-  args.q = out.next(c, "q", z.dtype, {args.B, args.L, args.H, args.S});
-  args.k = out.next(c, "k", z.dtype, {args.B, args.L, args.H, args.S});
-  args.rstd = out.next(c, "rstd", stat_dtype(z.dtype), {args.B, args.L, args.H});
+  const int64_t B = z.shape[0], L = z.shape[1];
+  args.q = out.next(c, "q", z.dtype, {B, L, args.H, args.S});
+  args.k = out.next(c, "k", z.dtype, {B, L, args.H, args.S});
+  args.rstd = out.next(c, "rstd", stat_dtype(z.dtype), {B, L, args.H});
   args.workspace = out.workspace(c, args.workspace_bytes(c.on_cuda()));
   args.eps = eps;
   return args;

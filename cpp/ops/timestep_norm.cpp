@@ -1,7 +1,10 @@
 // Computes  timestep norm (arXiv 2404.08801, as the released code has it) and its gradients (ops/timestep_norm.h).
-// Layout    x, y, dy, dx (B, L, D); states (B, G); step_mean, step_rstd (B, L, G); mask (B, L); all compact.
-// Mapping   a tile is up to 128 groups and 4096 channels of one batch row (backward: of the rows of one part of the
-//           batch); tiles are split over the threads, and a tile walks through time alone. A step: sums over groups
+// Layout    x, y, dy, dx (tokens, D); states (sequences, G); step_mean, step_rstd (tokens, G); mask (tokens); all
+//           compact. The tokens of a sequence, a row or a segment of a packed one, are adjacent.
+// Mapping   a tile is up to 128 groups and 4096 channels of the sequences of one part; tiles are split over the
+// threads,
+//           and a tile walks through time alone. Segments may differ in length a thousandfold: so that no thread gets
+//           all of a long one, the parts of the same groups come one after another. A step: sums over groups
 //           (vectorised over groups, core/groups.h), the recurrence (over groups), then the channels. Backward takes
 //           eight unpadded steps at a time, so that it goes up in memory for a while.
 // Traffic   forward 2, backward 3 elements moved per element; what a step reads again is in L1 (backward: L2). About 15
@@ -12,7 +15,7 @@
 //           second pass. M, V and their adjoints are carried in double; everything per channel is float (double for
 //           float64). y and the gradients take x - M from M rounded: an error of 2^-24 |M| / sqrt(V) in y, like that of
 //           x. dweight, dbias: 256 steps are added in float, these sums in double; one partial sum per fixed part of
-//           the batch, added in order, so the result does not depend on the number of threads.
+//           the sequences, added in order, so the result does not depend on the number of threads.
 // Limits    none; D = 0 gives NaN statistics. Group sizes that are no power of two and no multiple of the vector length
 //           are slower, as every group ends in a partial vector; so are groups smaller than a vector in float64: by up
 //           to an order of magnitude for groups of 1 or 2.
@@ -47,45 +50,51 @@ class ForwardTile {
   static constexpr int W = kLanes<A>;
 
  public:
-  ForwardTile(const TimestepNormForward& args, int64_t b, int64_t tile)
-      : args_(args), b_(b), first_(tile * args.tiles().groups) {
+  ForwardTile(const TimestepNormForward& args, const TimestepNormItems::Item& item)
+      : args_(args), first_(item.first_group) {
     groups_.K = args.K();
-    groups_.groups = std::min(args.tiles().groups, args.G - first_);
+    groups_.groups = item.groups;
   }
 
-  void run() {
-    start();
-    for (int64_t t = 0; t < args_.L; ++t) {
-      const int64_t row = b_ * args_.L + t;
-      const int64_t offset = row * args_.D + first_ * groups_.K;
+  void run(int64_t sequence) {
+    start(sequence);
+    const int64_t end = args_.sequences.end(sequence);
+    for (int64_t token = args_.sequences.begin(sequence); token < end; ++token) {
+      const int64_t offset = token * args_.D + first_ * groups_.K;
       const T* x = static_cast<const T*>(args_.x) + offset;
       T* y = static_cast<T*>(args_.y) + offset;
-      if (args_.padding_mask != nullptr && args_.padding_mask[row]) {
+      if (args_.padding_mask != nullptr && args_.padding_mask[token]) {
         std::memset(y, 0, groups_.channels() * sizeof(T));
       } else {
         n_ == 0 ? begin(x, y) : measure(x, y);
         advance();
         normalize(x, y);
       }
-      std::memcpy(static_cast<A*>(args_.step_mean) + row * args_.G + first_, mean_, groups_.groups * sizeof(A));
-      std::memcpy(static_cast<A*>(args_.step_rstd) + row * args_.G + first_, rstd_, groups_.groups * sizeof(A));
+      std::memcpy(static_cast<A*>(args_.step_mean) + token * args_.G + first_, mean_, groups_.groups * sizeof(A));
+      std::memcpy(static_cast<A*>(args_.step_rstd) + token * args_.G + first_, rstd_, groups_.groups * sizeof(A));
     }
-    finish();
+    finish(sequence);
   }
 
  private:
-  void start() {
-    n_ = args_.count == nullptr ? 0 : args_.count[b_];
+  void start(int64_t sequence) {
+    n_ = args_.count == nullptr ? 0 : args_.count[sequence];
     const auto* mean = static_cast<const A*>(args_.mean);
     const auto* var = static_cast<const A*>(args_.var);
-    const int64_t offset = b_ * args_.G + first_;
+    const int64_t offset = sequence * args_.G + first_;
     for (int64_t g = 0; g < groups_.blocks_end(); ++g) {
       const bool given = mean != nullptr && g < groups_.groups;
       M_[g] = given ? mean[offset + g] : 0.0;
       V_[g] = given ? var[offset + g] : 1.0;
       mean_[g] = static_cast<A>(M_[g]);
-      rstd_[g] = A(1) / std::sqrt(static_cast<A>(V_[g] + args_.eps));
+      rstd_[g] = static_cast<A>(V_[g] + args_.eps);
     }
+    invert_rstd();
+  }
+
+  // Of V' + eps.
+  void invert_rstd() {
+    for (int64_t g = 0; g < groups_.blocks_end(); g += W) store(rstd_ + g, A(1) / sqrt(load(rstd_ + g)));
   }
 
   // The means of x - m and of (x - m)^2 over every group, m being the mean of the steps so far.
@@ -131,7 +140,7 @@ class ForwardTile {
       store_doubles(mean_ + g, new_M);
       store_doubles(rstd_ + g, new_V + args_.eps);
     }
-    for (int64_t g = 0; g < end; g += W) store(rstd_ + g, A(1) / sqrt(load(rstd_ + g)));
+    invert_rstd();
   }
 
   void normalize(const T* x, T* y) {
@@ -157,10 +166,10 @@ class ForwardTile {
     }
   }
 
-  void finish() {
-    if (first_ == 0) args_.last_count[b_] = n_;
-    auto* mean = static_cast<A*>(args_.last_mean) + b_ * args_.G + first_;
-    auto* var = static_cast<A*>(args_.last_var) + b_ * args_.G + first_;
+  void finish(int64_t sequence) {
+    if (first_ == 0) args_.last_count[sequence] = n_;
+    auto* mean = static_cast<A*>(args_.last_mean) + sequence * args_.G + first_;
+    auto* var = static_cast<A*>(args_.last_var) + sequence * args_.G + first_;
     for (int64_t g = 0; g < groups_.groups; ++g) {
       mean[g] = static_cast<A>(M_[g]);
       var[g] = static_cast<A>(V_[g]);
@@ -168,7 +177,6 @@ class ForwardTile {
   }
 
   const TimestepNormForward& args_;
-  const int64_t b_;
   const int64_t first_;  // the tile's first group
   Groups<A, P> groups_;
   int64_t n_;
@@ -188,69 +196,71 @@ class BackwardTile {
   static constexpr int kFlush = ParameterSums<A>::kRows / kSteps;  // turns
 
  public:
-  BackwardTile(const TimestepNormBackward& args, const ParameterSums<A>& sums, int64_t tile)
-      : args_(args), sums_(sums), first_(tile * args.tiles().groups) {
+  BackwardTile(const TimestepNormBackward& args, const ParameterSums<A>& sums, const TimestepNormItems::Item& item)
+      : args_(args), sums_(sums), first_(item.first_group) {
     groups_.K = args.K();
-    groups_.groups = std::min(args.tiles().groups, args.G - first_);
+    groups_.groups = item.groups;
     for (int64_t begin : {first_channel(), args.D + first_channel()}) sums_.clear(begin, begin + groups_.channels());
+    std::memset(mean_, 0, sizeof mean_);  // of groups that do not exist it stays 0
+    std::memset(rstd_, 0, sizeof rstd_);
   }
 
-  void run(int64_t b) {
-    b_ = b;
-    start();
-    int turns = 0;
-    for (int64_t t = args_.L; t > 0;) {
-      t = gather(t);
+  void run(int64_t sequence) {
+    start(sequence);
+    for (int64_t end = args_.sequences.end(sequence); end > begin_;) {
+      end = gather(end);
       measure();
       advance();
       differentiate();
-      if (++turns % kFlush == 0) flush();
+      if (++turns_ == kFlush) flush();
     }
-    flush();
-    finish();
+    if (!args_.sequences.packed) flush();  // segments may be shorter than a flush takes
+    finish(sequence);
+  }
+
+  void flush() {
+    for (int64_t begin : {first_channel(), args_.D + first_channel()}) sums_.flush(begin, begin + groups_.channels());
+    turns_ = 0;
   }
 
  private:
   int64_t first_channel() const { return first_ * groups_.K; }
-  bool is_padded(int64_t t) const { return args_.padding_mask != nullptr && args_.padding_mask[b_ * args_.L + t]; }
-  void flush() {
-    for (int64_t begin : {first_channel(), args_.D + first_channel()}) sums_.flush(begin, begin + groups_.channels());
-  }
+  bool is_padded(int64_t token) const { return args_.padding_mask != nullptr && args_.padding_mask[token]; }
 
-  void start() {
-    n_ = args_.count == nullptr ? 0 : args_.count[b_];
-    for (int64_t t = 0; t < args_.L; ++t) n_ += !is_padded(t);
+  void start(int64_t sequence) {
+    begin_ = args_.sequences.begin(sequence);
+    n_ = args_.count == nullptr ? 0 : args_.count[sequence];
+    for (int64_t token = begin_; token < args_.sequences.end(sequence); ++token) n_ += !is_padded(token);
     const auto* dmean = static_cast<const A*>(args_.dmean);
     const auto* dvar = static_cast<const A*>(args_.dvar);
-    const int64_t offset = b_ * args_.G + first_;
+    const int64_t offset = sequence * args_.G + first_;
     for (int64_t g = 0; g < groups_.blocks_end(); ++g) {
       const bool exists = g < groups_.groups;
       aM_[g] = exists && dmean != nullptr ? dmean[offset + g] : 0.0;
       aV_[g] = exists && dvar != nullptr ? dvar[offset + g] : 0.0;
-      for (int k = 0; k < kSteps; ++k) mean_[k][g] = rstd_[k][g] = 0;
     }
   }
 
-  // Collects the unpadded steps before t, up to kSteps, last first; padded ones on the way get dx = 0.
-  int64_t gather(int64_t t) {
+  // Collects the unpadded steps before `end`, up to kSteps, last first; padded ones on the way get dx = 0.
+  int64_t gather(int64_t end) {
     const auto* mean = static_cast<const A*>(args_.step_mean);
     const auto* rstd = static_cast<const A*>(args_.step_rstd);
-    for (steps_ = 0; t > 0 && steps_ < kSteps; --t) {
-      const int64_t row = b_ * args_.L + t - 1;
-      const int64_t offset = row * args_.D + first_channel();
+    for (steps_ = 0; end > begin_ && steps_ < kSteps; --end) {
+      const int64_t token = end - 1;
+      const int64_t offset = token * args_.D + first_channel();
       T* dx = static_cast<T*>(args_.dx) + offset;
-      if (is_padded(t - 1)) {
+      if (is_padded(token)) {
         std::memset(dx, 0, groups_.channels() * sizeof(T));
         continue;
       }
       dy_[steps_] = static_cast<const T*>(args_.dy) + offset;
       x_[steps_] = static_cast<const T*>(args_.x) + offset;
       dx_[steps_] = dx;
-      std::memcpy(mean_[steps_], mean + row * args_.G + first_, groups_.groups * sizeof(A));
-      std::memcpy(rstd_[steps_], rstd + row * args_.G + first_, groups_.groups * sizeof(A));
+      std::memcpy(mean_[steps_], mean + token * args_.G + first_, groups_.groups * sizeof(A));
+      std::memcpy(rstd_[steps_], rstd + token * args_.G + first_, groups_.groups * sizeof(A));
       ++steps_;
     }
-    return t;
+    return end;
   }
 
   // The sums over the groups of u, u (x - M') and x - M'.
@@ -335,10 +345,10 @@ class BackwardTile {
     }
   }
 
-  void finish() {
+  void finish(int64_t sequence) {
     if (args_.dmean0 == nullptr) return;
-    auto* dmean0 = static_cast<A*>(args_.dmean0) + b_ * args_.G + first_;
-    auto* dvar0 = static_cast<A*>(args_.dvar0) + b_ * args_.G + first_;
+    auto* dmean0 = static_cast<A*>(args_.dmean0) + sequence * args_.G + first_;
+    auto* dvar0 = static_cast<A*>(args_.dvar0) + sequence * args_.G + first_;
     for (int64_t g = 0; g < groups_.groups; ++g) {
       dmean0[g] = static_cast<A>(aM_[g]);
       dvar0[g] = static_cast<A>(aV_[g]);
@@ -349,8 +359,9 @@ class BackwardTile {
   ParameterSums<A> sums_;
   const int64_t first_;  // the tile's first group
   Groups<A, P> groups_;
-  int64_t b_;
-  int64_t n_;  // after the step
+  int64_t begin_;  // the sequence's first token
+  int64_t n_;      // after the step
+  int turns_ = 0;  // since the last flush
   int steps_;
   const T* dy_[kSteps];
   const T* x_[kSteps];
@@ -366,27 +377,35 @@ class BackwardTile {
 
 template <class T, int P>
 void forward(const TimestepNormForward& args) {
-  const TimestepNormTiles tiles = args.tiles();
-  parallel_for(args.B * tiles.tiles, grain_of_rows(args.L * tiles.groups * args.K()), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) ForwardTile<T, P>(args, i / tiles.tiles, i % tiles.tiles).run();
+  const TimestepNormItems items = args.items();
+  const int64_t elements = args.sequences.tokens() / items.parts * items.narrow.groups * args.K();
+  parallel_take(items.count(), grain_of_rows(elements), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const TimestepNormItems::Item item = items.at(i, args.G);
+      if (item.groups == 0) continue;
+      ForwardTile<T, P> tile(args, item);
+      for (int64_t sequence = item.begin; sequence < item.end; ++sequence) tile.run(sequence);
+    }
   });
 }
 
 template <class T, int P>
 void backward(const TimestepNormBackward& args) {
   using A = stat_t<T>;
-  const Parts parts = args.parts();
-  const int64_t tiles = args.tiles().tiles;
-  parallel_for(parts.parts * tiles, 1, [&](int64_t begin, int64_t end) {
+  const TimestepNormItems items = args.items();
+  const int64_t parts = items.parts;
+  parallel_take(items.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = i / tiles;
-      BackwardTile<T, P> tile(args, ParameterSums<A>(args.workspace, parts.parts, 2 * args.D, part), i % tiles);
-      for (int64_t b = parts.begin(part); b < parts.end(part); ++b) tile.run(b);
+      const TimestepNormItems::Item item = items.at(i, args.G);
+      if (item.groups == 0) continue;
+      BackwardTile<T, P> tile(args, ParameterSums<A>(args.workspace, parts, 2 * args.D, item.part), item);
+      for (int64_t sequence = item.begin; sequence < item.end; ++sequence) tile.run(sequence);
+      tile.flush();
     }
   });
   const int64_t D = args.D;
-  ParameterSums<A>::add_up(args.workspace, parts.parts, 2 * D, 0, D, static_cast<A*>(args.dweight));
-  ParameterSums<A>::add_up(args.workspace, parts.parts, 2 * D, D, D, static_cast<A*>(args.dbias));
+  ParameterSums<A>::add_up(args.workspace, parts, 2 * D, 0, D, static_cast<A*>(args.dweight));
+  ParameterSums<A>::add_up(args.workspace, parts, 2 * D, D, D, static_cast<A*>(args.dbias));
 }
 
 }  // namespace

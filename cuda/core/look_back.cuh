@@ -6,6 +6,10 @@
 // window. The state before a tile is the state after the last whole window, then the aggregates in between, which the
 // lanes of a warp fold. So a state has come through one merge per window and one fold, the same ones in every run:
 // results repeat. Tiles are taken by ticket, hence no tile waits for one that has not been started.
+//
+// A chain may be several recurrences one after another, each beginning with some tile. Every tile publishes, even one
+// that belongs to none: a tile that is wrong about where its recurrence begins gets a wrong state, but waits for none
+// that never comes.
 #pragma once
 
 #include "core/portable.cuh"
@@ -36,9 +40,9 @@ DEVICE S await(const Slot* slot) {
 
 // The state before `tile` of the chain of these slots (one per tile, then one per whole window): a warp's work.
 // S{} is the aggregate that changes nothing, fold(lane's aggregate) those of all lanes in order, apply(state,
-// aggregate) the state after; start() the state before the first tile.
+// aggregate) the state after; start() the state before tile `first`, with which the recurrence begins.
 template <class S, class Start, class Fold, class Apply>
-DEVICE auto look_back(Slot* tiles, int tile_count, int tile, const S& aggregate, Start&& start, Fold&& fold,
+DEVICE auto look_back(Slot* tiles, int tile_count, int first, int tile, const S& aggregate, Start&& start, Fold&& fold,
                       Apply&& apply) {
   using State = decltype(start());
   const int lane = lane_index();
@@ -46,18 +50,27 @@ DEVICE auto look_back(Slot* tiles, int tile_count, int tile, const S& aggregate,
   const int place = tile % kWindow;
   Slot* windows = tiles + tile_count;
   if (lane == 0) publish(tiles + tile, aggregate);
-  const S between = fold(lane < place ? await<S>(tiles + window * kWindow + lane) : S{});
-  const State before = apply(window > 0 ? await<State>(windows + window - 1) : start(), between);
+  const int begin = window * kWindow;
+  const S between = fold(lane < place && begin + lane >= first ? await<S>(tiles + begin + lane) : S{});
+  const State before = apply(first < begin ? await<State>(windows + window - 1) : start(), between);
   if (lane == 0 && place == kWindow - 1) publish(windows + window, apply(before, aggregate));
   return before;
 }
 
-// The next ticket of all blocks, known to all threads of this one.
-DEVICE uint32_t take_ticket(uint32_t* next) {
-  SHARED(uint32_t, ticket);
-  if (threadIdx.x == 0) ticket = atomic_add(next, 1);
+// For a tile of no recurrence: a thread's work.
+DEVICE void publish_none(Slot* tiles, int tile_count, int tile) {
+  store_release(&tiles[tile].is_published, 1);
+  if (tile % kWindow == kWindow - 1) store_release(&tiles[tile_count + tile / kWindow].is_published, 1);
+}
+
+// make(ticket) of the next ticket of all blocks, in shared memory; without a counter the ticket is the block's index.
+template <class Make>
+DEVICE const auto& take_ticket(uint32_t* next, Make&& make) {
+  using Made = decltype(make(uint32_t{}));
+  SHARED(Made, made);
+  if (threadIdx.x == 0) made = make(next == nullptr ? static_cast<uint32_t>(blockIdx.x) : atomic_add(next, 1));
   sync_block();  // it has been taken
-  return ticket;
+  return made;
 }
 
 // Tickets and slots before they are used.

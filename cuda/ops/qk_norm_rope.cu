@@ -1,7 +1,8 @@
 // qk_norm_rope on the GPU. Not yet run on a GPU.
 //
 // Computes  queries and keys from the shared z, and the gradients (ops/qk_norm_rope.h); arXiv 2404.08801.
-// Layout    z, q, k (B, L, H, S) and their gradients; gamma, beta (2, H, S); rstd (B, L, H); all compact.
+// Layout    z, q, k (tokens, H, S) and their gradients; gamma, beta (2, H, S); rstd (tokens, H); all compact; a token
+//           is of a row or of a packed segment.
 // Mapping   a block belongs to one head and a part of the tokens. A row, the S components of a token, belongs to 1 to
 //           256 threads, V components each; up to 32 of them share a warp, and a block of four warps walks over several
 //           rows side by side. gamma, beta, the angles' steps, and in backward the sums of dgamma and dbeta stay in
@@ -29,6 +30,10 @@ constexpr int kMaxThreads = 256;  // of a row
 template <class T>
 constexpr int kWide = sizeof(T) == 8 ? 4 : 8;
 constexpr int kNarrow = 2;
+
+// Blocks that a multiprocessor holds at once in backward, at least: with float, the registers of two.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 
 template <int V, class T>
 DEVICE Pack<T, V> read(const T* from) {
@@ -73,30 +78,22 @@ struct Rows {
 // The places in their chunks of every `step`-th token.
 class Places {
  public:
-  DEVICE Places(const QkNormRope& args, int64_t bt, int64_t step)
-      : args_(args), step_(step), step_in_chunk_(step % args.C) {
-    if (bt < args.parts.count) seek(bt);
-  }
+  DEVICE Places(const QkNormRope& args, int64_t token, int step) : args_(args), step_(step) { enter(token); }
   DEVICE uint64_t place() const { return static_cast<uint64_t>(place_); }
-  DEVICE void advance(int64_t bt) {  // to bt, a step on
-    t_ += step_;
-    if (t_ >= args_.L) {
-      if (bt < args_.parts.count) seek(bt);
-      return;
-    }
-    place_ += step_in_chunk_;
-    if (place_ >= args_.C) place_ -= args_.C;
+  DEVICE void advance(int64_t token) {  // to the token, a step on
+    if (places_.is_beyond(token)) return enter(token);
+    place_ += step_;
+    if (place_ >= args_.C) place_ %= args_.C;
   }
 
  private:
-  DEVICE void seek(int64_t bt) {
-    const int64_t b = bt / args_.L;
-    t_ = bt % args_.L;
-    const int64_t start = args_.position == nullptr ? 0 : args_.position[b] % args_.C;
-    place_ = (start + t_ % args_.C) % args_.C;
+  DEVICE void enter(int64_t token) {
+    if (token < args_.parts.count) place_ = places_.enter(args_, token);
   }
   const QkNormRope& args_;
-  int64_t step_, step_in_chunk_, t_ = 0, place_ = 0;
+  const int step_;
+  QkNormRopePlaces places_;
+  int64_t place_ = 0;
 };
 
 // What belongs to V components of a head and not to a token.
@@ -133,27 +130,27 @@ __global__ void __launch_bounds__(kMaxThreads)
     beta_k = read<V>(beta + D + first);
   }
   const int64_t end = args.parts.end(rows.part);
-  int64_t bt = args.parts.begin(rows.part) + rows.row;
-  Places places(args, bt, rows.rows);
-  const auto fetch = [&](int64_t token) {
+  int64_t token = args.parts.begin(rows.part) + rows.row;
+  Places places(args, token, rows.rows);
+  const auto fetch = [&](int64_t row) {
     Pack<T, V> pack = {};
-    if (token < end && first < S) pack = read<V>(static_cast<const T*>(args.z) + token * D + rows.h * S + first);
+    if (row < end && first < S) pack = read<V>(static_cast<const T*>(args.z) + row * D + rows.h * S + first);
     return pack;
   };
-  Pack<T, V> next = fetch(bt);
+  Pack<T, V> next = fetch(token);
   // All threads of the block turn equally often, for the sums.
-  for (int64_t base = bt - rows.row; base < end; base += rows.rows) {
-    const int64_t at = bt * D + rows.h * S;
+  for (int64_t base = token - rows.row; base < end; base += rows.rows) {
+    const int64_t at = token * D + rows.h * S;
     const T* z = static_cast<const T*>(args.z) + at;
     const Pack<T, V> zs = next;
-    next = fetch(bt + rows.rows);  // while this row is worked on
+    next = fetch(token + rows.rows);  // while this row is worked on
     A sum = 0;
     const auto add = [&](const Pack<T, V>& pack) {
       UNROLL
       for (int j = 0; j < V; ++j) sum += widen(pack.v[j]) * widen(pack.v[j]);
     };
     add(zs);
-    if (bt < end) {
+    if (token < end) {
       for (int64_t i = rest; V == kNarrow && i < S; i += threads * V) add(read<V>(z + i));
     }
     const A rstd = A(1) / sqrt(rows.sum(sum) / static_cast<A>(S) + static_cast<A>(args.eps));
@@ -178,15 +175,15 @@ __global__ void __launch_bounds__(kMaxThreads)
       write(static_cast<T*>(args.q) + at + i, q);
       write(static_cast<T*>(args.k) + at + i, k);
     };
-    if (bt < end) {
-      if (rows.lane == 0) static_cast<A*>(args.rstd)[bt * args.H + rows.h] = rstd;
+    if (token < end) {
+      if (rows.lane == 0) static_cast<A*>(args.rstd)[token * args.H + rows.h] = rstd;
       if (first < S) finish(zs, first, held, beta_q, beta_k);
       for (int64_t i = rest; V == kNarrow && i < S; i += threads * V) {
         finish(read<V>(z + i), i, Columns<A, V>::of(args, rate, rows.h, i), read<V>(beta + i), read<V>(beta + D + i));
       }
     }
-    bt += rows.rows;
-    places.advance(bt);
+    token += rows.rows;
+    places.advance(token);
   }
 }
 
@@ -226,7 +223,7 @@ DEVICE Pack<stat_t<T>, V> turn_back(const Pack<T, V>& z, const Pack<T, V>& dq, c
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<T>)
     qk_norm_rope_backward_kernel(QkNormRopeBackward args, int threads, double rate) {
   using A = stat_t<T>;
   const Rows rows = Rows::of(args, threads);
@@ -247,16 +244,16 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int n = 0; n < 4; ++n) write(sum_at(n, i), Pack<A, V>{});
   }
   const int64_t end = args.parts.end(rows.part);
-  int64_t bt = args.parts.begin(rows.part) + rows.row;
-  Places places(args, bt, rows.rows);
+  int64_t token = args.parts.begin(rows.part) + rows.row;
+  Places places(args, token, rows.rows);
   // All threads of the block turn equally often, for the sums.
-  for (int64_t base = bt - rows.row; base < end; base += rows.rows) {
-    const int64_t at = bt * D + rows.h * S;
+  for (int64_t base = token - rows.row; base < end; base += rows.rows) {
+    const int64_t at = token * D + rows.h * S;
     const T* z = static_cast<const T*>(args.z) + at;
     const T* dq = static_cast<const T*>(args.dq) + at;
     const T* dk = static_cast<const T*>(args.dk) + at;
-    const bool is_held = bt < end && first < S;
-    const int64_t last = bt < end ? S : 0;
+    const bool is_held = token < end && first < S;
+    const int64_t last = token < end ? S : 0;
     A rstd = 0, dot = 0;
     Pack<T, V> zs = {};
     Pack<A, V> dzn = {};
@@ -264,7 +261,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       UNROLL
       for (int j = 0; j < V; ++j) dot += dzn.v[j] * (widen(zs.v[j]) * rstd);
     };
-    if (bt < end) rstd = static_cast<const A*>(args.rstd)[bt * args.H + rows.h];
+    if (token < end) rstd = static_cast<const A*>(args.rstd)[token * args.H + rows.h];
     for (int64_t i = rest; V == kNarrow && i < last; i += threads * V) {
       Sums<A, V> more;
       UNROLL
@@ -296,8 +293,8 @@ __global__ void __launch_bounds__(kMaxThreads)
                       Columns<A, V>::of(args, rate, rows.h, i), unused);
       finish(i);
     }
-    bt += rows.rows;
-    places.advance(bt);
+    token += rows.rows;
+    places.advance(token);
   }
   if (threads > 32) {  // one row in the block
     UNROLL
@@ -344,7 +341,7 @@ template <class T, int V>
 void forward(QkNormRopeForward args, void* stream) {
   const int threads = threads_of(args.S, V);
   const dim3 block = block_of(threads);
-  args.parts = Parts::of(args.B * args.L, block.x / threads, std::max<int64_t>(1, 2048 / args.H));
+  args.parts = Parts::of(args.sequences.tokens(), block.x / threads, std::max<int64_t>(1, 2048 / args.H));
   launch({"qk_norm_rope_forward", grid_of(args), block, 0, stream}, qk_norm_rope_forward_kernel<T, V>, args, threads,
          rate_of(args));
 }
@@ -369,7 +366,7 @@ bool is_wide(int64_t S, Pointers... pointers) {
 }  // namespace
 
 void qk_norm_rope_forward(const QkNormRopeForward& args, void* stream) {
-  if (args.B * args.L == 0) return;
+  if (args.sequences.tokens() == 0) return;
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const bool wide = is_wide<T>(args.S, args.z, args.gamma, args.beta, args.q, args.k);

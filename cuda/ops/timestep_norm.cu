@@ -1,13 +1,16 @@
 // timestep_norm on the GPU. Not yet run on a GPU.
 //
 // Computes  timestep norm (arXiv 2404.08801, as the released code has it) and its gradients (ops/timestep_norm.h).
-// Layout    x, y, dy, dx (B, L, D); states (B, G); step_mean, step_rstd (B, L, G); mask (B, L); all compact.
-// Mapping   a tile is 32 steps of as many groups as fill a warp with 16-byte packs (64 channels of bfloat16: 4 groups,
+// Layout    x, y, dy, dx (tokens, D); states (sequences, G); step_mean, step_rstd (tokens, G); mask (tokens); all
+//           compact. The tokens of a sequence, a row or a segment of a packed one, are adjacent.
+// Mapping   a tile is 32 steps of a sequence of as many groups as fill a warp with 16-byte packs (64 channels of
+// bfloat16: 4 groups,
 //           8 lanes each); a block of 8 warps is given one by ticket, a warp holds 4 of its steps. What the tiles
 //           before it (backward: after it) do to the recurrence comes by a look-back (core/look_back.cuh), for which a
 //           lane is a step and a warp a group; padded steps are left out. Then the steps are finished from registers.
-//           Backward, a tile adds its sums of dweight and dbias to one of a few parts, which stay in L2; tiles of a
-//           part take turns.
+//           The tiles of a packed row are numbered without knowing where its segments begin (core/sequences.h): some
+//           blocks find that their number is none. Backward, a tile adds its sums of dweight and dbias to one of a few
+//           parts, which stay in L2; tiles of a part take turns.
 // Traffic   forward 2, backward 3 elements moved per element, 10 and 25 FLOPs; step_mean and step_rstd 8 bytes per
 //           group; slots 32 bytes per group and tile, read up to 31 times from L2: memory-bound.
 // Numerics  a step is measured from its group's first channel, then its variance from its mean, in float (double for
@@ -28,9 +31,8 @@ namespace {
 
 template <class T, int V>
 void forward(const TimestepNormForward& args, void* stream) {
-  const TimestepNormChains chains = args.chains();
-  const Plan plan = Plan::of(chains, args.K(), V);
-  if (chains.tiles > 1) clear(args.workspace, args.workspace_bytes(true), stream);
+  const Plan plan = Plan::of(args.chains(), args.K(), V);
+  if (plan.looks_back) clear(args.workspace, args.workspace_bytes(true), stream);
   launch({"timestep_norm_forward", dim3(static_cast<unsigned>(plan.blocks())), dim3(kThreads), 0, stream},
          timestep_norm_forward_kernel<T, V>, args, plan);
 }
@@ -40,13 +42,15 @@ void backward(const TimestepNormBackward& args, void* stream) {
   using A = stat_t<T>;
   const TimestepNormChains chains = args.chains();
   const Plan plan = Plan::of(chains, args.K(), V);
-  const auto room = TimestepNormBackwardRoom::of(chains, args.D, args.padding_mask != nullptr, stat_dtype(args.dtype));
+  const auto room = TimestepNormBackwardRoom::of(chains, args.sequences.count, args.D, args.padding_mask != nullptr,
+                                                 stat_dtype(args.dtype));
   auto* memory = static_cast<char*>(args.workspace);
-  if (args.B > 0) {
-    clear(memory, room.counts, stream);
+  if (args.sequences.count > 0) {
+    // The first number of a part may be no tile: then the sums of the others are added to these.
+    clear(memory, args.sequences.packed ? room.bytes : room.counts, stream);
     if (args.padding_mask != nullptr) {
-      launch({"timestep_norm_count", dim3(static_cast<unsigned>(args.B)), dim3(1024), 0, stream},
-             timestep_norm_count_kernel<int64_t>, args.padding_mask, args.L, plan.tiles,
+      launch({"timestep_norm_count", dim3(static_cast<unsigned>(args.sequences.count)), dim3(1024), 0, stream},
+             timestep_norm_count_kernel<int64_t>, args.padding_mask, args.sequences,
              reinterpret_cast<int64_t*>(memory + room.counts));
     }
     launch({"timestep_norm_backward", dim3(static_cast<unsigned>(plan.blocks())), dim3(kThreads), 0, stream},
@@ -60,7 +64,7 @@ void backward(const TimestepNormBackward& args, void* stream) {
 }  // namespace
 
 void timestep_norm_forward(const TimestepNormForward& args, void* stream) {
-  if (args.B == 0) return;
+  if (args.sequences.count == 0) return;
   visit_activation(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const bool packed = args.K() % kPackOf<T> == 0 && can_pack<T>(args.D, args.x, args.weight, args.bias, args.y);

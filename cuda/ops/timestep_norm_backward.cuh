@@ -30,19 +30,25 @@ DEVICE Change join(const Change& a, const Change& b) {
 
 DEVICE Change fold(const Change& lane) { return shuffle_all(warp_scan(lane, join), 31); }
 
-// counts[b, i]: the unpadded steps of row b before tile i; a block per row, a thread per tile.
+// Of a sequence, the unpadded steps before each of its tiles and behind the last.
+DEVICE int64_t first_count(const Sequences& sequences, int64_t i) { return sequences.first_piece(i, kSteps) + i; }
+DEVICE int64_t tiles_of(int64_t steps) { return steps <= kSteps ? 1 : ceil_div(steps, kSteps); }
+
+// A block per sequence, a thread per tile.
 template <class Count>
 __global__ void __launch_bounds__(1024)
-    timestep_norm_count_kernel(const uint8_t* mask, int64_t L, int64_t tiles, Count* counts) {
+    timestep_norm_count_kernel(const uint8_t* mask, Sequences sequences, Count* all_counts) {
   SHARED(double, sums, [32]);
-  const int64_t b = blockIdx.x;
+  const int64_t first = sequences.begin(blockIdx.x), last = sequences.end(blockIdx.x), tiles = tiles_of(last - first);
+  Count* counts = all_counts + first_count(sequences, blockIdx.x);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   double before = 0;
   for (int64_t start = 0; start <= tiles; start += blockDim.x) {
     const int64_t tile = start + threadIdx.x;
-    const int64_t end = (tile + 1) * kSteps < L ? (tile + 1) * kSteps : L;
+    const int64_t begin = first + tile * kSteps;
+    const int64_t end = begin + kSteps < last ? begin + kSteps : last;
     double count = 0;
-    for (int64_t t = tile * kSteps; t < end; ++t) count += mask[b * L + t] == 0;
+    for (int64_t t = begin; t < end; ++t) count += mask[t] == 0;
     const double scan = warp_scan(count, [](double x, double y) { return x + y; });
     if (lane_index() == 31) sums[warp] = scan;
     sync_block();  // every warp's sum is there
@@ -51,7 +57,7 @@ __global__ void __launch_bounds__(1024)
       if (w == warp) warps_before = before;
       before += sums[w];
     }
-    if (tile <= tiles) counts[b * (tiles + 1) + tile] = static_cast<Count>(warps_before + scan - count);
+    if (tile <= tiles) counts[tile] = static_cast<Count>(warps_before + scan - count);
     sync_block();  // the sums may be overwritten
   }
 }
@@ -70,16 +76,29 @@ __global__ void __launch_bounds__(kThreads, 2)
   static_assert(sizeof held >= 2 * kWarps * kColumns * sizeof(A));
   A* const columns = reinterpret_cast<A*>(held);
   auto* memory = static_cast<char*>(args.workspace);
-  const uint32_t ticket = take_ticket(reinterpret_cast<uint32_t*>(memory));
-  const Work work = Work::of(plan, ticket, true, args.padding_mask, args.L);
+  const Tile& tile = take_ticket(reinterpret_cast<uint32_t*>(memory),
+                                 [&](uint32_t ticket) { return Tile::of(plan, args.sequences, ticket, true); });
+  // The sums of dweight and dbias that the tile adds to, and when.
+  const int parts = static_cast<int>(room.parts);
+  const int part = tile.number % parts;
+  const auto turn = static_cast<uint32_t>(tile.number / parts);
+  uint32_t* const turns = reinterpret_cast<uint32_t*>(memory + room.turns) + tile.slice * room.parts + part;
+  if (!tile.is_piece) {
+    tile.publish_nothing(memory + room.slots, plan, args.G);
+    if (threadIdx.x > 0) return;
+    while (load_acquire(turns) != turn) {
+    }
+    return store_release(turns, turn + 1);
+  }
+  const Work work(plan, tile, args.padding_mask);
   const bool exists = work.group < args.G;
   const bool leads = exists && work.lane_of_group == 0;
 
   Pack<T, V> x[kHeld];
   Pack<T, V> dy[kHeld];
   const auto size = static_cast<A>(plan.K);
-  const auto* means = static_cast<const A*>(args.step_mean) + work.first_row * args.G + work.group;
-  const auto* rstds = static_cast<const A*>(args.step_rstd) + work.first_row * args.G + work.group;
+  const auto* means = static_cast<const A*>(args.step_mean) + tile.first_row * args.G + work.group;
+  const auto* rstds = static_cast<const A*>(args.step_rstd) + tile.first_row * args.G + work.group;
   const bool reads_again = plan.chunks > 1;
   const auto load_weight = [&](int64_t column, bool mine) {
     return mine ? load<V>(static_cast<const A*>(args.weight) + column) : Pack<A, V>{};
@@ -122,20 +141,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   sync_block();  // every step's sums are there
 
   const int count = count_bits(work.steps);
-  const int64_t start = args.count == nullptr ? 0 : args.count[work.b];
-  int64_t before = static_cast<int64_t>(plan.tiles - 1 - work.tile) * kSteps;
-  int64_t total = args.L;
+  const int64_t start = args.count == nullptr ? 0 : args.count[tile.sequence];
+  const int64_t first_row = args.sequences.begin(tile.sequence);
+  int64_t before = tile.first_row - first_row;
+  int64_t total = args.sequences.end(tile.sequence) - first_row;
   if (args.padding_mask != nullptr) {
     const auto* counts =
-        reinterpret_cast<const int64_t*>(memory + room.counts) + static_cast<int64_t>(work.b) * (plan.tiles + 1);
-    before = counts[plan.tiles - 1 - work.tile];
-    total = counts[plan.tiles];
+        reinterpret_cast<const int64_t*>(memory + room.counts) + first_count(args.sequences, tile.sequence);
+    before = counts[before / kSteps];
+    total = counts[tiles_of(total)];
   }
   const double last_n = start + total > 0 ? static_cast<double>(start + total) : 1;
   for (int i = work.warp; i < plan.groups; i += kWarps) {
-    const int g = work.slice * plan.groups + i;
+    const int g = tile.slice * plan.groups + i;
     if (g >= args.G) break;
-    const int64_t chain = work.b * args.G + g;
+    const int64_t state = tile.sequence * args.G + g;
     const bool some = work.lane < count;
     const int rank = some ? count - 1 - work.lane : 0;  // the last step first
     Change step = {};
@@ -150,30 +170,25 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Change all = shuffle_all(steps, 31);
     const auto given = [&] {
       Adjoints last = {};
-      if (args.dmean != nullptr) last.mean = static_cast<const A*>(args.dmean)[chain] / last_n;
-      if (args.dvar != nullptr) last.var = static_cast<const A*>(args.dvar)[chain] / last_n;
+      if (args.dmean != nullptr) last.mean = static_cast<const A*>(args.dmean)[state] / last_n;
+      if (args.dvar != nullptr) last.var = static_cast<const A*>(args.dvar)[state] / last_n;
       return last;
     };
-    auto* slots = reinterpret_cast<Slot*>(memory + room.slots);
-    const int of_chain = plan.tiles + plan.tiles / kWindow;
-    const Adjoints later = look_back(slots + chain * of_chain, plan.tiles, work.tile, all, given, fold, apply);
+    Slot* const chain = tile.slots_of(memory + room.slots, plan, args.G, g);
+    const Adjoints later = look_back(chain, plan.tiles, tile.first, tile.tile, all, given, fold, apply);
     if (some) {
       const Adjoints a = apply(later, steps);
       shift[i][rank] = static_cast<A>(a.mean + step.e * a.var) / size;
       slope[i][rank] = static_cast<A>(2 * a.var) / size;
     }
-    if (work.lane > 0 || work.tile + 1 < plan.tiles || args.dmean0 == nullptr) continue;
+    if (work.lane > 0 || !tile.is_last || args.dmean0 == nullptr) continue;
     const Adjoints first = apply(later, all);
     const double first_n = start + total > 0 ? static_cast<double>(start) : 1;
-    static_cast<A*>(args.dmean0)[chain] = static_cast<A>(first_n * first.mean);
-    static_cast<A*>(args.dvar0)[chain] = static_cast<A>(first_n * first.var);
+    static_cast<A*>(args.dmean0)[state] = static_cast<A>(first_n * first.mean);
+    static_cast<A*>(args.dvar0)[state] = static_cast<A>(first_n * first.var);
   }
   sync_block();  // shift and slope are there
 
-  const int parts = static_cast<int>(room.parts);
-  const int part = work.number % parts;
-  const auto turn = static_cast<uint32_t>(work.number / parts);
-  uint32_t* turns = reinterpret_cast<uint32_t*>(memory + room.turns) + work.slice * room.parts + part;
   for_chunks<V>(plan, work, exists, [&](int64_t c, int64_t column, bool mine) {
     if (reads_again) load_steps(dy, args.dy, work, args.D, column, mine);
     const Pack<A, V> weight = load_weight(column, mine);
@@ -183,9 +198,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int p = 0; p < kHeld; ++p) {
       const int step = work.step(p);
       hold_packed(dy[p]);
-      if (!mine || step >= work.length) continue;
+      if (!mine || step >= tile.length) continue;
       Pack<T, V> dx = {};
-      const int64_t at = (work.first_row + step) * args.D + column;
+      const int64_t at = (tile.first_row + step) * args.D + column;
       if (work.has(p)) {
         const Pack<T, V> again = reads_again ? load<V>(static_cast<const T*>(args.x) + at) : held[p][threadIdx.x];
         const A mean = means[step * args.G];
@@ -215,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     sync_block();  // the warps' sums are there, and it is this tile's turn
     for (int i = static_cast<int>(threadIdx.x); i < 2 * kColumns; i += kThreads) {
       const int of_chunk = i % kColumns / V;
-      const int64_t g = work.slice * plan.groups + of_chunk / plan.lanes;
+      const int64_t g = tile.slice * plan.groups + of_chunk / plan.lanes;
       const int64_t unit = c * plan.lanes + of_chunk % plan.lanes;
       if (g >= args.G || unit >= plan.units) continue;
       A sum = 0;

@@ -61,9 +61,14 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
   SHARED(double, mu, [32][kRow]);          // of the unpadded steps in order
   SHARED(A, mean, [32][kRow]);             // M' after so many unpadded steps of the tile
   SHARED(A, rstd, [32][kRow]);             // r likewise; before that, s in the order of mu
-  const bool looks_back = plan.tiles > 1;
-  const uint32_t ticket = looks_back ? take_ticket(static_cast<uint32_t*>(args.workspace)) : blockIdx.x;
-  const Work work = Work::of(plan, ticket, false, args.padding_mask, args.L);
+  const Tile& tile = take_ticket(plan.looks_back ? static_cast<uint32_t*>(args.workspace) : nullptr,
+                                 [&](uint32_t ticket) { return Tile::of(plan, args.sequences, ticket, false); });
+  const auto slots = [&] { return static_cast<char*>(args.workspace) + TimestepNormChains::kTicketBytes; };
+  if (!tile.is_piece) {
+    if (plan.looks_back) tile.publish_nothing(slots(), plan, args.G);
+    return;
+  }
+  const Work work(plan, tile, args.padding_mask);
   const bool exists = work.group < args.G;
   const bool leads = exists && work.lane_of_group == 0;
   const auto size = static_cast<A>(plan.K);
@@ -112,9 +117,9 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
 
   const int count = count_bits(work.steps);
   for (int i = work.warp; i < plan.groups; i += kWarps) {
-    const int g = work.slice * plan.groups + i;
+    const int g = tile.slice * plan.groups + i;
     if (g >= args.G) break;
-    const int64_t chain = work.b * args.G + g;
+    const int64_t state = tile.sequence * args.G + g;
     const int lane = work.lane;
     const bool some = lane < count;
     const Moments steps = scan_steps(some ? mu[i][lane] : 0, some ? rstd[i][lane] : 0, some);
@@ -122,14 +127,13 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
     if (count == 0) all = {};
     const auto given = [&] {
       if (args.count == nullptr) return Moments{0, 0, 1};
-      return Moments{static_cast<double>(args.count[work.b]), static_cast<const A*>(args.mean)[chain],
-                     static_cast<const A*>(args.var)[chain]};
+      return Moments{static_cast<double>(args.count[tile.sequence]), static_cast<const A*>(args.mean)[state],
+                     static_cast<const A*>(args.var)[state]};
     };
     Moments before;
-    if (looks_back) {
-      auto* slots = reinterpret_cast<Slot*>(static_cast<char*>(args.workspace) + TimestepNormChains::kTicketBytes);
-      const int of_chain = plan.tiles + plan.tiles / kWindow;
-      before = look_back(slots + chain * of_chain, plan.tiles, work.tile, all, given, pool, merge);
+    if (plan.looks_back) {
+      Slot* const chain = tile.slots_of(slots(), plan, args.G, g);
+      before = look_back(chain, plan.tiles, tile.first, tile.tile, all, given, pool, merge);
     } else {
       before = given();
     }
@@ -141,11 +145,11 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
     if (some) keep(lane + 1, merge(before, steps));
     if (lane > 0) continue;
     keep(0, before);
-    if (work.tile + 1 < plan.tiles) continue;
+    if (!tile.is_last) continue;
     const Moments last = merge(before, all);
-    if (g == 0) args.last_count[work.b] = static_cast<int64_t>(last.n);
-    static_cast<A*>(args.last_mean)[chain] = static_cast<A>(last.mean);
-    static_cast<A*>(args.last_var)[chain] = static_cast<A>(last.var);
+    if (g == 0) args.last_count[tile.sequence] = static_cast<int64_t>(last.n);
+    static_cast<A*>(args.last_mean)[state] = static_cast<A>(last.mean);
+    static_cast<A*>(args.last_var)[state] = static_cast<A>(last.var);
   }
   sync_block();  // the states are there
 
@@ -159,11 +163,11 @@ __global__ void __launch_bounds__(kThreads, 3) timestep_norm_forward_kernel(Time
     UNROLL
     for (int p = 0; p < kHeld; ++p) {
       const int step = work.step(p);
-      if (!exists || step >= work.length) continue;
+      if (!exists || step >= tile.length) continue;
       const int rank = work.rank(step) + work.has(p);
       const A m = mean[work.group_of_slice][rank];
       const A r = rstd[work.group_of_slice][rank];
-      const int64_t row = work.first_row + step;
+      const int64_t row = tile.first_row + step;
       if (c == 0 && leads) {
         static_cast<A*>(args.step_mean)[row * args.G + work.group] = m;
         static_cast<A*>(args.step_rstd)[row * args.G + work.group] = r;

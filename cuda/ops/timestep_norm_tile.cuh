@@ -21,10 +21,11 @@ struct Plan {
   int64_t units;   // packs of a group
   int64_t chunks;  // of `lanes` packs of a group, at least 1
   int slices;      // of the groups
-  int tiles;       // of a row
+  int tiles;       // of a row, every group of which is one chain
   int rows;
-  int lanes;   // of a group: a power of two
-  int groups;  // of a slice
+  int lanes;        // of a group: a power of two
+  int groups;       // of a slice
+  bool looks_back;  // whether a sequence may have several tiles
 
   static Plan of(const TimestepNormChains& chains, int64_t K, int V) {
     Plan plan{};
@@ -36,38 +37,64 @@ struct Plan {
     plan.groups = 32 / plan.lanes;
     plan.slices = static_cast<int>(ceil_div(chains.G, plan.groups));
     plan.tiles = static_cast<int>(chains.tiles);
-    plan.rows = static_cast<int>(chains.B);
+    plan.rows = static_cast<int>(chains.rows);
+    plan.looks_back = !chains.one_each;
     return plan;
   }
   int64_t blocks() const { return static_cast<int64_t>(rows) * tiles * slices; }
 };
 
-// What a thread works on: packs of one group, at kHeld steps of a tile.
-struct Work {
-  int slice, b, number, tile;  // number: of the tiles of all rows of this slice, in the order of tickets
-  int64_t first_row;           // of the tile: b * L + the first step
-  int group;                   // may be beyond the last
-  int warp, lane, lane_of_group, group_of_slice;
-  int length;      // steps of the tile
-  uint32_t steps;  // those that are not padded
+// What a block works on: a piece of a sequence, and some groups. In shared memory: registers are short.
+struct Tile {
+  int slice, row, number, tile;  // number: of the tiles of all rows of this slice, in the order of tickets
+  int sequence, first;           // first: the tile with which it begins; tiles of a row count from its end if backwards
+  int length;                    // steps
+  bool is_piece, is_last;        // not every number of a packed row is a piece; is_last: of its sequence
+  int64_t first_row;             // among all tokens
 
-  DEVICE static Work of(const Plan& plan, uint32_t ticket, bool backwards, const uint8_t* mask, int64_t L) {
-    Work work;
-    work.slice = static_cast<int>(ticket) % plan.slices;
-    work.number = static_cast<int>(ticket) / plan.slices;
-    work.b = work.number % plan.rows;
-    work.tile = work.number / plan.rows;
-    const int64_t start = static_cast<int64_t>(backwards ? plan.tiles - 1 - work.tile : work.tile) * kSteps;
-    work.first_row = static_cast<int64_t>(work.b) * L + start;
-    work.warp = static_cast<int>(threadIdx.x) / 32;
-    work.lane = static_cast<int>(threadIdx.x) % 32;
-    work.lane_of_group = work.lane % plan.lanes;
-    work.group_of_slice = work.lane / plan.lanes;
-    work.group = work.slice * plan.groups + work.group_of_slice;
-    work.length = static_cast<int>(L - start < kSteps ? L - start : kSteps);
-    const bool exists = work.lane < work.length;
-    work.steps = ballot(exists && (mask == nullptr || mask[work.first_row + work.lane] == 0));
-    return work;
+  DEVICE static Tile of(const Plan& plan, const Sequences& sequences, uint32_t ticket, bool backwards) {
+    Tile tile;
+    tile.slice = static_cast<int>(ticket) % plan.slices;
+    tile.number = static_cast<int>(ticket) / plan.slices;
+    tile.row = tile.number % plan.rows;
+    tile.tile = tile.number / plan.rows;
+    const int in_time = backwards ? plan.tiles - 1 - tile.tile : tile.tile;
+    const Sequences::Piece piece = sequences.piece(static_cast<int64_t>(tile.row) * plan.tiles + in_time, kSteps);
+    const auto index = static_cast<int>(backwards ? piece.count - 1 - piece.index : piece.index);
+    tile.sequence = static_cast<int>(piece.sequence);
+    tile.first = tile.tile - index;
+    tile.length = static_cast<int>(piece.tokens());
+    tile.is_piece = piece.exists;
+    tile.is_last = index == static_cast<int>(piece.count) - 1;
+    tile.first_row = piece.begin;
+    return tile;
+  }
+  // The slots of a group's chain.
+  DEVICE Slot* slots_of(void* slots, const Plan& plan, int64_t G, int g) const {
+    return static_cast<Slot*>(slots) + (row * G + g) * (plan.tiles + plan.tiles / kWindow);
+  }
+  // Where there is no piece.
+  DEVICE void publish_nothing(void* slots, const Plan& plan, int64_t G) const {
+    const int i = static_cast<int>(threadIdx.x), g = slice * plan.groups + i;
+    if (i < plan.groups && g < G) publish_none(slots_of(slots, plan, G, g), plan.tiles, tile);
+  }
+};
+
+// What a thread works on: packs of one group, at kHeld steps.
+struct Work {
+  const Tile& tile;
+  int group;  // may be beyond the last
+  int warp, lane, lane_of_group, group_of_slice;
+  uint32_t steps;  // those of the tile that are not padded
+
+  DEVICE Work(const Plan& plan, const Tile& of, const uint8_t* mask) : tile(of) {
+    warp = static_cast<int>(threadIdx.x) / 32;
+    lane = static_cast<int>(threadIdx.x) % 32;
+    lane_of_group = lane % plan.lanes;
+    group_of_slice = lane / plan.lanes;
+    group = tile.slice * plan.groups + group_of_slice;
+    const bool exists = lane < tile.length;
+    steps = ballot(exists && (mask == nullptr || mask[tile.first_row + lane] == 0));
   }
   DEVICE int step(int p) const { return p * kWarps + warp; }
   DEVICE bool has(int p) const { return (steps >> step(p) & 1) != 0; }
@@ -83,7 +110,7 @@ DEVICE void load_steps(Pack<T, V> (&packs)[kHeld], const void* from, const Work&
   for (int p = 0; p < kHeld; ++p) {
     packs[p] = {};
     if (exists && work.has(p)) {
-      packs[p] = load<V>(static_cast<const T*>(from) + (work.first_row + work.step(p)) * D + column);
+      packs[p] = load<V>(static_cast<const T*>(from) + (work.tile.first_row + work.step(p)) * D + column);
     }
   }
 }

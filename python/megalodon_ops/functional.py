@@ -256,6 +256,7 @@ def timestep_norm(
     eps: float = 1e-5,
     state: TimestepNormState | tuple[Tensor, Tensor, Tensor] | None = None,
     padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, TimestepNormState]:
     """Group norm with statistics over all steps so far, the current one included.
 
@@ -264,22 +265,27 @@ def timestep_norm(
         y_t = (x_t - M_t) / sqrt(V_t + eps) * (weight + 1) + bias
 
     Args:
-        x: (B, L, D) activation, any L.
+        x: (B, L, D) activation, any L; (1, T, D) with cu_seqlens.
         weight, bias: (D) stat. Note the ``+ 1``.
         num_groups: G, groups of D / G consecutive channels; must divide D.
         eps: added to the variance; positive.
-        state: the statistics after the previous call; None is none seen.
+        state: the statistics after the previous call; None is none seen. B rows, or with cu_seqlens
+            one per segment.
         padding_mask: (B, L) bool, True = padded: the step gives 0 and leaves the statistics alone.
+        cu_seqlens: (segments + 1) int32 or int64, 0, ascending, T: segment i of the packed row is
+            its tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1, with statistics of its own. Values
+            are checked on the CPU; on a GPU wrong ones give wrong results, never access outside the
+            tensors.
 
     Returns:
-        y (B, L, D) like x, and the statistics after the last step. Differentiable in x, weight,
+        y, like x, and the statistics after the last step. Differentiable in x, weight,
         bias and the state's mean and variance.
 
     Source: section 3.2 of the paper.
     """
     count, mean, var = (None, None, None) if state is None else state
     y, count, mean, var, _, _ = _ops.timestep_norm(
-        x, weight, bias, num_groups, eps, count, mean, var, padding_mask
+        x, weight, bias, num_groups, eps, count, mean, var, padding_mask, cu_seqlens
     )
     return y, TimestepNormState(count, mean, var)
 
@@ -344,6 +350,7 @@ def qk_norm_rope(
     rope_base: float = 10000.0,
     position: Tensor | None = None,
     eps: float = 1e-5,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys of normalized attention from their shared representation z.
 
@@ -355,20 +362,26 @@ def qk_norm_rope(
     position inside the chunk.
 
     Args:
-        z: (B, L, H * S) activation, S even.
+        z: (B, L, H * S) activation, S even; (1, T, H * S) with cu_seqlens.
         gamma, beta: (2, H * S) stat; row 0 for queries, row 1 for keys.
         num_heads: H.
         chunk_size: C; positions restart at multiples of it.
         rope_base: base of the rotation's frequencies.
-        position: (B) int64, steps before this call, or None for 0.
+        position: (B) int64, steps before this call, or None for 0; (segments) with cu_seqlens.
         eps: added to the mean square; positive.
+        cu_seqlens: (segments + 1) int32 or int64, 0, ascending, T: segment i of the packed row is
+            its tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1, whose positions start anew. Values
+            are checked on the CPU; on a GPU wrong ones give wrong results, never access outside the
+            tensors.
 
     Returns:
-        q, k: (B, L, H, S) like z. Differentiable in z, gamma and beta.
+        q, k: (B, L, H, S), or (1, T, H, S), like z. Differentiable in z, gamma and beta.
 
     Source: section 3.3 of the paper.
     """
-    q, k, _ = _ops.qk_norm_rope(z, gamma, beta, num_heads, chunk_size, rope_base, position, eps)
+    q, k, _ = _ops.qk_norm_rope(
+        z, gamma, beta, num_heads, chunk_size, rope_base, position, eps, cu_seqlens
+    )
     return q, k
 
 

@@ -46,9 +46,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, gamma, beta, num_heads, chunk_size, rope_base, position, eps, _ = inputs
+    z, gamma, beta, num_heads, chunk_size, rope_base, position, eps, cu_seqlens = inputs
     rstd = output[2]
-    ctx.save_for_backward(z, gamma, beta, rstd, position)
+    ctx.save_for_backward(z, gamma, beta, rstd, position, cu_seqlens)
     ctx.sizes = num_heads, chunk_size, rope_base, eps
     ctx.mark_non_differentiable(rstd)
 
@@ -58,15 +58,17 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     import torch
 
-    z, gamma, beta, rstd, position = ctx.saved_tensors
+    z, gamma, beta, rstd, position, cu_seqlens = ctx.saved_tensors
     num_heads, chunk_size, rope_base, eps = ctx.sizes
     dz, dgamma, dbeta = torch.ops.megalodon.qk_norm_rope_backward(
-        dq, dk, z, gamma, beta, rstd, num_heads, chunk_size, rope_base, position, eps, None
+        dq, dk, z, gamma, beta, rstd, num_heads, chunk_size, rope_base, position, eps, cu_seqlens
     )
     return dz, dgamma, dbeta, None, None, None, None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
+    import torch
+
     def parameters(D: int) -> tuple[Tensor, Tensor]:
         return make.stat(2, D, scale=0.3), make.stat(2, D, scale=0.3)
 
@@ -77,6 +79,11 @@ def _samples(make: Maker) -> Iterator[Sample]:
         "position",
         (make.activation(3, 5, 42), *parameters(42), 3, 7, 1e5, make.ints(0, 3, 20), 1e-3, None),
     )
+    bounds = make.bounds(4, 0, 1, 9, dtype=torch.int32)
+    packed = make.activation(1, 14, 48), *parameters(48), 2, 4, 10000.0
+    yield Sample("packed", (*packed, None, 1e-5, bounds))
+    starts = make.ints(3, 7, 0, 21)
+    yield Sample("packed, position", (*packed, starts, 1e-5, make.bounds(0, 5, 8, 1)))
 
 
 def _cost(z: Tensor, *_: Any) -> Cost:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megalodon_ops._library import Cost, Maker, Op, Sample, registry
-from megalodon_ops._shapes import like, stat
+from megalodon_ops._shapes import like, sequences, stat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +27,10 @@ def _fake(
     import torch
 
     B, L, _ = x.shape
-    state = (stat(x, B, num_groups), stat(x, B, num_groups))
+    rows = sequences(x, cu_seqlens)
+    state = (stat(x, rows, num_groups), stat(x, rows, num_groups))
     steps = (stat(x, B, L, num_groups), stat(x, B, L, num_groups))
-    return like(x), x.new_empty((B,), dtype=torch.int64), *state, *steps
+    return like(x), x.new_empty((rows,), dtype=torch.int64), *state, *steps
 
 
 def _backward_fake(
@@ -82,6 +83,8 @@ def _gradients(
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
+    import torch
+
     def state(B: int, G: int) -> tuple[Tensor, Tensor, Tensor]:
         return make.ints(*range(0, 3 * B, 3)), make.stat(B, G), make.stat(B, G).square() + 0.5
 
@@ -95,6 +98,10 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield Sample("state and mask", (x, *parameters, 4, 1e-3, *state(2, 4), mask, None))
     one_each = make.activation(3, 7, 5), make.stat(5), make.stat(5)
     yield Sample("groups of one channel", (*one_each, 5, 1e-2, *state(3, 5), None, None))
+    row, bounds = make.activation(1, 46, 24), make.bounds(3, 0, 1, 42, dtype=torch.int32)
+    yield Sample("packed", (row, *parameters, 3, 1e-3, *none, None, bounds))
+    bounds, mask = make.bounds(0, 7, 1, 38), make.mask(1, 46)
+    yield Sample("packed, state and mask", (row, *parameters, 6, 1e-3, *state(4, 6), mask, bounds))
 
 
 def _cost(x: Tensor, *_: Any) -> Cost:
