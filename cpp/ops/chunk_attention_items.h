@@ -34,7 +34,8 @@ class Items {
   // Calls body(chunk, part) for the items of the slots [begin, end).
   template <class Body>
   void for_each(int64_t begin, int64_t end, Body&& body) const {
-    for (int64_t item = first_item(begin); item < first_item(end); ++item) {
+    const int64_t stop = first_item(end);
+    for (int64_t item = first_item(begin); item < stop; ++item) {
       const ChunkItem& at = items_[item % count_];
       body(chunk_of(args_, at.sequence, at.chunk, item / count_), at.part);
     }
