@@ -36,7 +36,8 @@ class Items {
   // Calls body(chunk, its number in the sequence, part) for the items of the slots [begin, end).
   template <class Body>
   void for_each(int64_t begin, int64_t end, Body&& body) const {
-    for (int64_t item = first_item(begin); item < first_item(end); ++item) {
+    const int64_t stop = first_item(end);
+    for (int64_t item = first_item(begin); item < stop; ++item) {
       const ChunkItem& at = items_[item % count_];
       body(chunk_of_(args_, at.sequence, at.chunk, item / count_), at.chunk, at.part);
     }
