@@ -286,11 +286,6 @@ Sequences Checker::sequences(const Tensor& x, const DLTensor* cu_seqlens) {
   return sequences;
 }
 
-void Checker::no_cu_seqlens(const DLTensor* cu_seqlens) const {
-  if (cu_seqlens == nullptr) return;
-  not_implemented("cu_seqlens on " + device_text(cu_seqlens->device));
-}
-
 void* Outputs::next(Checker& checker, const char* name, DType dtype, const int64_t* shape, int ndim) {
   if (specs_ != nullptr) {
     megalodon_spec& spec = specs_[index_++];

@@ -89,8 +89,6 @@ class Checker {
   static Dim rows_of(const Tensor& x, const Sequences& sequences) {
     return sequences.packed ? Dim{"segments", sequences.count} : x.dim(0, "B");
   }
-  // Throws NotImplementedError if the optional cu_seqlens is given.
-  void no_cu_seqlens(const DLTensor* cu_seqlens) const;
 
   [[noreturn]] void fail(megalodon_status status, const char* name, const std::string& wanted,
                          const std::string& got) const;

@@ -29,6 +29,7 @@ def sample_arguments(
     G: int,
     position: tuple[int, ...],
     optional: bool = True,
+    sliding: bool = False,
 ) -> tuple[Any, ...]:
     """Arguments of these sizes, one row per position; `optional`: with everything optional."""
     B = len(position)
@@ -63,15 +64,15 @@ def sample_arguments(
         *(maybe(affine(D)), maybe(affine(D))),
         *(weight(F, D), weight(D, F), maybe(weight(F, D))),
         maybe(make.activation(D)),
-        *(G, H, C, 10000.0, 1e-5),
+        *(G, H, C, 10000.0, 1e-5, sliding),
     )
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
     yield Sample("one row", sample_arguments(make, 12, 3, 1, 8, 20, 5, 18, 4, (3,)))
     yield Sample("rows", sample_arguments(make, 40, 4, 2, 6, 7, 70, 33, 10, (0, 69, 141)))
-    window = sample_arguments(make, 12, 3, 1, 8, 20, 5, 18, 4, (3, 4, 5, 12))
-    yield Sample("sliding", (*window, True))
+    window = sample_arguments(make, 12, 3, 1, 8, 20, 5, 18, 4, (3, 4, 5, 12), sliding=True)
+    yield Sample("sliding", window)
     plain = sample_arguments(make, 12, 3, 2, 4, 6, 5, 10, 3, (7, 2), optional=False)
     yield Sample("without the optional", plain)
 
