@@ -46,6 +46,7 @@ def assert_same_steps(model: Megalodon, rows: int = 2, prepared: str = "kernels"
         {},
         {"num_layers": 1, "scale_emb": True, "share_emb": True},
         {"num_layers": 3, "swiglu": False, "norm_affine": False, "output_size": 11},
+        {"attention": "sliding"},
     ],
     ids=str,
 )

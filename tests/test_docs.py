@@ -38,6 +38,7 @@ def test_examples_run(example: str) -> None:
 @pytest.mark.parametrize(
     ("page", "needed"),
     [
+        ("attention", []),
         ("checkpoints", ["safetensors"]),
         ("generation", ["safetensors"]),
         ("huggingface", ["transformers"]),

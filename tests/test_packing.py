@@ -16,7 +16,8 @@ from megalodon_ops.model import Megalodon
 from megalodon_ops.state import MegalodonState
 
 VARIANTS = st.sampled_from(
-    [{}, {"chunk_size": 1}, {"chunk_size": 3}, {"swiglu": True}, {"layerwise_ckpt": True}]
+    [{}, {"chunk_size": 1}, {"chunk_size": 3}, {"swiglu": True}, {"layerwise_ckpt": True},
+     {"attention": "sliding"}, {"attention": "sliding", "chunk_size": 1}]
 )  # fmt: skip
 
 

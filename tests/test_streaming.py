@@ -18,6 +18,7 @@ from megalodon_ops.state import MegalodonState
 
 VARIANTS = st.sampled_from(
     [{}, {"chunk_size": 1}, {"chunk_size": 7}, {"swiglu": True, "rescale_nffn": True},
+     {"attention": "sliding"}, {"attention": "sliding", "chunk_size": 7},
      {"layerwise_ckpt": True}, {"share_emb": True, "scale_emb": True}]
 )  # fmt: skip
 
