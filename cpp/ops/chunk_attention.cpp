@@ -8,13 +8,15 @@
 //           shift near the running maximum and a sum; queries lie across lanes, so the softmax needs no reduction over
 //           lanes. Backward: an item is a group of key tiles of one chunk and head. A key tile stays while the tiles of
 //           queries after it pass by; keys lie across lanes. dk and dv belong to one item; dq is summed over groups.
+//           Items are listed with their work and shared by it, however long sequences are (chunk_attention_items.h).
 // Traffic   2 (S + E) FLOPs per query and key forward, 2 (3 S + 2 E) backward, the non-causal half skipped but for
 //           part of a tile on the diagonal: compute-bound. A query tile reads every key and value before it once.
 // Numerics  scores, weights and sums in stat; sums in the order of the keys (forward), the queries (dk, dv), the key
 //           tiles of a group and then the groups (dq), whatever the number of threads. Masked and dropped weights are
 //           exactly 0 and so are the outputs and gradients of a query without keys. Where bf16 is multiplied in pairs
 //           weights and the scores' gradients are rounded to it once, for the products they enter.
-// Limits    any B, L, H, S, E, C and position. Scratch grows with S and E, not with L or C.
+// Limits    any B, L, H, S, E, C and position. Scratch grows with S and E, not with L or C, but for the
+//           list of items, 32 bytes each.
 #include "ops/chunk_attention.h"
 
 #include <cstring>

@@ -1,8 +1,8 @@
 // chunk_attention: causal softmax attention inside chunks of C tokens, nothing across chunks.
 //
-// Token t of sequence b, a row of a batch or a segment of a packed row, stands at p = position[b] + t (position absent:
-// 0), in chunk p / C at place r = p mod C. With the
-// unscaled scores s_ij = q_i . k_j over the keys j <= i of i's chunk that are not dropped,
+// Token t of sequence b (row b of a batch, or segment b of a packed row) stands at p = position[b] + t (position
+// absent: 0), in chunk p / C at place r = p mod C. With the unscaled scores s_ij = q_i . k_j over the keys j <= i of
+// i's chunk that are not dropped,
 //   o_i = sum_j exp(s_ij - lse_i) v_j,   lse_i = log sum_j exp(s_ij);   without any key, o_i = 0 and lse_i = -inf.
 // The m = position[b] mod C keys of the first chunk that came before token 0 are k_cache[b, :m], v_cache[b, :m].
 // Sliding: over the keys i - C < j <= i instead, and the last C tokens before token 0 are in the caches, position p in

@@ -19,8 +19,8 @@
 //           has its own maximum. Masked and dropped weights are exactly 0. The matrix instructions take P and dS in T:
 //           forward relative to a power of two, so that P is rounded once; lse is of the unrounded weights.
 // Limits    any B, L, H, S, E, C and position. Elements that are not 16-byte packs (S, E, addresses) go one by one and
-//           by multiply-adds. dq of a chunk whose strips do not fit into the scratch together is summed over rounds in
-//           the workspace.
+//           by multiply-adds. dq of a chunk whose strips are not in one round is summed over rounds in the workspace:
+//           in rows if they do not fit, in packed rows wherever a round ends.
 #include "ops/chunk_attention.h"
 #include "ops/chunk_attention_backward.cuh"
 #include "ops/chunk_attention_rounds.cuh"
