@@ -201,8 +201,10 @@ class BackwardTile {
     groups_.K = args.K();
     groups_.groups = item.groups;
     for (int64_t begin : {first_channel(), args.D + first_channel()}) sums_.clear(begin, begin + groups_.channels());
-    std::memset(mean_, 0, sizeof mean_);  // of groups that do not exist it stays 0
-    std::memset(rstd_, 0, sizeof rstd_);
+    for (int k = 0; k < kSteps; ++k) {  // of groups that do not exist they stay 0
+      std::memset(mean_[k], 0, groups_.blocks_end() * sizeof(A));
+      std::memset(rstd_[k], 0, groups_.blocks_end() * sizeof(A));
+    }
   }
 
   void run(int64_t sequence) {
@@ -375,11 +377,18 @@ class BackwardTile {
   alignas(64) A drift_[kSteps][kMaxGroups];
 };
 
+// Rows are equal work, and each thread is given its share; parts of segments are not.
+template <class Body>
+void for_items(const TimestepNormItems& items, int64_t grain, const Body& body) {
+  if (items.sequences.packed) return parallel_take(items.count(), grain, body);
+  parallel_for(items.count(), grain, [&](int64_t begin, int64_t end) { body(begin, end); });
+}
+
 template <class T, int P>
 void forward(const TimestepNormForward& args) {
   const TimestepNormItems items = args.items();
   const int64_t elements = args.sequences.tokens() / items.parts * items.narrow.groups * args.K();
-  parallel_take(items.count(), grain_of_rows(elements), [&](int64_t begin, int64_t end) {
+  for_items(items, grain_of_rows(elements), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const TimestepNormItems::Item item = items.at(i, args.G);
       if (item.groups == 0) continue;
@@ -394,7 +403,7 @@ void backward(const TimestepNormBackward& args) {
   using A = stat_t<T>;
   const TimestepNormItems items = args.items();
   const int64_t parts = items.parts;
-  parallel_take(items.count(), 1, [&](int64_t begin, int64_t end) {
+  for_items(items, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const TimestepNormItems::Item item = items.at(i, args.G);
       if (item.groups == 0) continue;

@@ -44,7 +44,8 @@ struct TimestepNormTiles {
 
 // What a thread does at a time is a tile of the sequences of one part. Parts are one or more rows; or segments of about
 // equally many tokens, counting one more for each of them, as there may be thousands of empty ones. They depend on the
-// shapes and cu_seqlens alone, and with them sums over parts.
+// shapes and cu_seqlens alone, and so do sums over parts. Of a long part the tiles are narrow, as of a single sequence:
+// threads share it.
 struct TimestepNormItems {
   static constexpr int64_t kLeast = 128;  // tokens of a part of segments
   static constexpr int64_t kLong = 8;     // parts of more than 1 / kLong of the tokens have narrow tiles
@@ -67,17 +68,20 @@ struct TimestepNormItems {
             TimestepNormTiles::of(!sequences.packed && narrow, G, K)};
   }
   __attribute__((always_inline)) constexpr int64_t count() const { return parts * narrow.tiles; }
-  // Of few parts all tiles are narrow, of most a wide one stands for several: the others have no groups.
+  // The tiles of a long part are narrow. Of another one a wide tile may stand for several numbers: those left over have
+  // no groups.
   __attribute__((always_inline)) Item at(int64_t number, int64_t G) const {
     const int64_t part = number / narrow.tiles, begin = first(part), end = first(part + 1);
-    const int64_t tokens = begin < end ? sequences.end(end - 1) - sequences.begin(begin) : 0;
-    const TimestepNormTiles& tiles = tokens > sequences.tokens() / kLong ? narrow : wide;
+    const bool is_long =
+        sequences.packed && begin < end && sequences.end(end - 1) - sequences.begin(begin) > sequences.tokens() / kLong;
+    const TimestepNormTiles& tiles = is_long ? narrow : wide;
     const int64_t from = number % narrow.tiles * tiles.groups, left = G - from;
     return {part, begin, end, from, left < 0 ? 0 : left < tiles.groups ? left : tiles.groups};
   }
 
  private:
   int64_t first(int64_t part) const {
+    if (parts == sequences.count) return part;
     if (!sequences.packed || part == parts) return sequences.count * part / parts;
     const int64_t before = (sequences.tokens() + sequences.count) * part / parts;
     return sequences.last_of([&](int64_t i) { return sequences.begin(i) + i <= before; });

@@ -3,14 +3,13 @@
 // Computes  timestep norm (arXiv 2404.08801, as the released code has it) and its gradients (ops/timestep_norm.h).
 // Layout    x, y, dy, dx (tokens, D); states (sequences, G); step_mean, step_rstd (tokens, G); mask (tokens); all
 //           compact. The tokens of a sequence, a row or a segment of a packed one, are adjacent.
-// Mapping   a tile is 32 steps of a sequence of as many groups as fill a warp with 16-byte packs (64 channels of
-// bfloat16: 4 groups,
-//           8 lanes each); a block of 8 warps is given one by ticket, a warp holds 4 of its steps. What the tiles
-//           before it (backward: after it) do to the recurrence comes by a look-back (core/look_back.cuh), for which a
-//           lane is a step and a warp a group; padded steps are left out. Then the steps are finished from registers.
-//           The tiles of a packed row are numbered without knowing where its segments begin (core/sequences.h): some
-//           blocks find that their number is none. Backward, a tile adds its sums of dweight and dbias to one of a few
-//           parts, which stay in L2; tiles of a part take turns.
+// Mapping   a tile is 32 steps of a sequence, of as many groups as fill a warp with 16-byte packs (64 channels of
+//           bfloat16: 4 groups, 8 lanes each); a block of 8 warps is given one by ticket, a warp holds 4 of its steps.
+//           What the tiles before it (backward: after it) do to the recurrence comes by a look-back
+//           (core/look_back.cuh), for which a lane is a step and a warp a group; padded steps are left out. Then the
+//           steps are finished from registers. Backward, a tile adds its sums of dweight and dbias to one of a few
+//           parts, which stay in L2; tiles of a part take turns. Tiles of a packed row are numbered without knowing
+//           where its segments begin (core/sequences.h): some blocks find that their number is none.
 // Traffic   forward 2, backward 3 elements moved per element, 10 and 25 FLOPs; step_mean and step_rstd 8 bytes per
 //           group; slots 32 bytes per group and tile, read up to 31 times from L2: memory-bound.
 // Numerics  a step is measured from its group's first channel, then its variance from its mean, in float (double for
