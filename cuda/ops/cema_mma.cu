@@ -26,9 +26,8 @@
 //           fixed order. Zeros above k's diagonal would carry a NaN or inf back in time: see Causal; the outputs from
 //           its step on are NaN, where the scan may give inf.
 // Limits    16-bit activations, N <= 16, at least 512 steps (packed rows: 256 on average): CemaMmaPlan. All else is the
-// scan's, in cema.cu, and so are
-//           the gradients of parameters, and all of backward where there is h0 or dh. A state times |a g| beyond
-//           3.39e38, which bf16 rounds to inf, is inf.
+//           scan's, in cema.cu, and so are the gradients of parameters, and all of backward where there is h0 or dh. A
+//           state times |a g| beyond 3.39e38, which bf16 rounds to inf, is inf.
 #include "core/reduce.cuh"
 #include "ops/cema_mma.cuh"
 #include "ops/cema_mma.h"
