@@ -5,6 +5,12 @@ Activations are float32, bfloat16, float16 or float64. Parameters, states and st
 below) are float32, or float64 where the activation is. Every function raises ValueError for a wrong
 shape or number and TypeError for a wrong dtype, naming op, argument, wanted and got. Equations are
 those of arXiv 2404.08801 as the released code computes them (docs/deviations.md).
+
+``cu_seqlens`` (segments + 1), int32 or int64, ascending from 0 to T, packs: the tokens
+cu_seqlens[i] .. cu_seqlens[i + 1] - 1 of one row (1, T, ...) are a sequence of their own, computed
+as if it were alone, and states and positions, in and out, have a row per segment instead of per
+row of a batch. Its values are checked on the CPU; on a GPU wrong ones give wrong results, never
+access outside the tensors.
 """
 
 from __future__ import annotations
@@ -190,10 +196,7 @@ def cema(
         algorithm: "scan", "fft", or "auto", the faster of the two by measurement (on a GPU the
             scan; "fft" is the scan there, too, where a state or its gradient is given, and
             everywhere where cu_seqlens is).
-        cu_seqlens: (segments + 1) int32 or int64, the bounds of the segments of one packed row: 0
-            first, ascending, T last. x is (1, T, D) then and every segment is computed as if it
-            were alone, with its own row of state and h, (segments, D, N, 2). The values are checked
-            on the CPU; on a GPU wrong ones give wrong results, never access outside the tensors.
+        cu_seqlens: bounds of the segments of a packed row x (1, T, D), as this module says.
 
     Returns:
         y (B, L, D) like x, and the state h (B, D, N, 2) after the last step. Differentiable in all
@@ -265,20 +268,16 @@ def timestep_norm(
         y_t = (x_t - M_t) / sqrt(V_t + eps) * (weight + 1) + bias
 
     Args:
-        x: (B, L, D) activation, any L; (1, T, D) with cu_seqlens.
+        x: (B, L, D) activation, any L.
         weight, bias: (D) stat. Note the ``+ 1``.
         num_groups: G, groups of D / G consecutive channels; must divide D.
         eps: added to the variance; positive.
-        state: the statistics after the previous call; None is none seen. B rows, or with cu_seqlens
-            one per segment.
+        state: the statistics after the previous call; None is none seen.
         padding_mask: (B, L) bool, True = padded: the step gives 0 and leaves the statistics alone.
-        cu_seqlens: (segments + 1) int32 or int64, 0, ascending, T: segment i of the packed row is
-            its tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1, with statistics of its own. Values
-            are checked on the CPU; on a GPU wrong ones give wrong results, never access outside the
-            tensors.
+        cu_seqlens: bounds of the segments of a packed row x (1, T, D), as this module says.
 
     Returns:
-        y, like x, and the statistics after the last step. Differentiable in x, weight,
+        y (B, L, D) like x, and the statistics after the last step. Differentiable in x, weight,
         bias and the state's mean and variance.
 
     Source: section 3.2 of the paper.
@@ -362,20 +361,18 @@ def qk_norm_rope(
     position inside the chunk.
 
     Args:
-        z: (B, L, H * S) activation, S even; (1, T, H * S) with cu_seqlens.
+        z: (B, L, H * S) activation, S even.
         gamma, beta: (2, H * S) stat; row 0 for queries, row 1 for keys.
         num_heads: H.
         chunk_size: C; positions restart at multiples of it.
         rope_base: base of the rotation's frequencies.
-        position: (B) int64, steps before this call, or None for 0; (segments) with cu_seqlens.
+        position: (B) int64, steps before this call, or None for 0.
         eps: added to the mean square; positive.
-        cu_seqlens: (segments + 1) int32 or int64, 0, ascending, T: segment i of the packed row is
-            its tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1, whose positions start anew. Values
-            are checked on the CPU; on a GPU wrong ones give wrong results, never access outside the
-            tensors.
+        cu_seqlens: bounds of the segments of a packed row z (1, T, H * S), as this module says;
+            positions begin anew with each.
 
     Returns:
-        q, k: (B, L, H, S), or (1, T, H, S), like z. Differentiable in z, gamma and beta.
+        q, k: (B, L, H, S) like z. Differentiable in z, gamma and beta.
 
     Source: section 3.3 of the paper.
     """
@@ -412,11 +409,8 @@ def chunk_attention(
         k_cache, v_cache: (B, C, H, S), (B, C, H, E): keys and values of the running chunk, of which
             the first ``position % C`` count; given together with position.
         position: (B) int64, steps before this call.
-        cu_seqlens: (segments + 1) int32 or int64, 0 first, T last and ascending: q, k (1, T, H, S)
-            and v (1, T, H, E) are one packed row, and its segments, tokens cu_seqlens[i] ..
-            cu_seqlens[i + 1] - 1, are what rows of a batch are, each with its own chunks; caches
-            and position have a row per segment. The values are checked on the CPU; on a GPU wrong
-            ones give wrong results, never access outside the tensors.
+        cu_seqlens: bounds of the segments of a packed row, q, k (1, T, H, S), v (1, T, H, E), as
+            this module says; each has chunks of its own.
         sliding: a window instead of chunks: s runs over the C steps up to and including t. The
             caches then hold the last C steps before this call, step p in slot p % C. On a GPU not
             implemented yet for more than one step.
