@@ -276,8 +276,8 @@ MEGALODON_API int megalodon_silu_mul_backward(const DLTensor* dy, const DLTensor
 /* timestep_norm: every group of D / num_groups channels normalised by its mean and variance over all time steps so far,
  * which is also a state that streams: ops/timestep_norm.h. x, y (B, L, D); weight, bias (D); count (B); mean, var (B,
  * G), given all three or none; padding_mask (B, L), true = padded; step_mean, step_rstd (B, L, G). With cu_seqlens
- * (segments + 1), int32 or int64, 0, ascending, T: x (1, T, D) is a packed row, every segment has its own statistics, and
- * count, mean and var have a row per segment. */
+ * (segments + 1), int32 or int64, 0, ascending, T: x (1, T, D) is a packed row, every segment has its own statistics,
+ * and count, mean and var have a row per segment. */
 MEGALODON_API int megalodon_timestep_norm_forward_outputs(const DLTensor* x, const DLTensor* weight,
                                                           const DLTensor* bias, int64_t num_groups, double eps,
                                                           const DLTensor* count, const DLTensor* mean,
