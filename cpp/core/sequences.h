@@ -59,8 +59,8 @@ struct Sequences {
     const Piece p = piece(number, size);
     return p.exists ? p : piece_of(p.sequence + 1, 0, size);
   }
-  MEGALODON_HOST_DEVICE Piece after(int64_t sequence, int64_t index, bool last, int64_t size) const {
-    return last ? piece_of(sequence + 1, 0, size) : piece_of(sequence, index + 1, size);
+  MEGALODON_HOST_DEVICE Piece after(const Piece& p, int64_t size) const {
+    return p.last ? piece_of(p.sequence + 1, 0, size) : piece_of(p.sequence, p.index + 1, size);
   }
 
   // The sequence that a token belongs to.

@@ -34,7 +34,13 @@ struct PieceWalk {
         skips_last(does_skip_last) {}
   DEVICE PieceCursor begin() const { return at(cut.sequences.piece_from(cut.parts.begin(blockIdx.y), cut.length)); }
   DEVICE PieceCursor after(const PieceCursor& c) const {
-    if (c.ends()) return at(cut.sequences.after(c.sequence, c.index, c.is_last, cut.length));
+    if (c.ends()) {
+      Sequences::Piece piece{};
+      piece.sequence = c.sequence;
+      piece.index = c.index;
+      piece.last = c.is_last;
+      return at(cut.sequences.after(piece, cut.length));
+    }
     PieceCursor next = c;
     next.token += reverse ? -c.steps : c.steps;
     next.left -= c.steps;
@@ -50,7 +56,7 @@ struct PieceWalk {
     const auto is_mine = [&] { return p.exists && all.first_piece(p.sequence, cut.length) + p.index < past; };
     bool exists = is_mine();
     while (skips_last && exists && p.last) {
-      p = all.after(p.sequence, p.index, p.last, cut.length);
+      p = all.after(p, cut.length);
       exists = is_mine();
     }
     int64_t token = p.begin;
