@@ -1,8 +1,10 @@
 """Rows of different lengths in one batch, and states compared row by row."""
 
 import torch
+from small_model import random_tokens
 from torch import Tensor
 
+from megalodon_ops.model import Megalodon
 from megalodon_ops.state import MegalodonState
 
 PADDING = -100  # of no vocabulary: the model must not look at it
@@ -13,6 +15,12 @@ def padded(rows: list[Tensor], length: int) -> Tensor:
     for i, row in enumerate(rows):
         out[i, : row.shape[1]] = row[0]
     return out
+
+
+def advance(model: Megalodon, starts: list[int]) -> MegalodonState:
+    """The state of rows that have read so many random tokens each."""
+    rows = [random_tokens(1, n, seed=50 + i) for i, n in enumerate(starts)]
+    return MegalodonState.cat([model(row, return_state=True)[1] for row in rows])
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:

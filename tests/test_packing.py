@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import BAD_BOUNDS
-from rows import assert_close, assert_same_state
+from rows import advance, assert_close, assert_same_state
 from small_model import VOCAB, random_tokens, small_model
 from torch import Tensor
 
-from megalodon_ops.model import Megalodon
 from megalodon_ops.state import MegalodonState
 
 VARIANTS = st.sampled_from(
@@ -23,11 +22,6 @@ VARIANTS = st.sampled_from(
 
 def bounds_of(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=dtype)
-
-
-def advance(model: Megalodon, starts: list[int]) -> MegalodonState:
-    rows = [random_tokens(1, n, seed=50 + i) for i, n in enumerate(starts)]
-    return MegalodonState.cat([model(row, return_state=True)[1] for row in rows])
 
 
 @settings(max_examples=30)

@@ -6,16 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import PADDING, assert_close, assert_same_state, padded
+from rows import PADDING, advance, assert_close, assert_same_state, padded
 from small_model import VOCAB, random_tokens, small_model
 
-from megalodon_ops.model import Megalodon
 from megalodon_ops.state import MegalodonState
-
-
-def advance(model: Megalodon, starts: list[int]) -> MegalodonState:
-    rows = [random_tokens(1, n, seed=50 + i) for i, n in enumerate(starts)]
-    return MegalodonState.cat([model(row, return_state=True)[1] for row in rows])
 
 
 @settings(max_examples=25)
