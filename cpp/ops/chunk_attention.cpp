@@ -16,7 +16,8 @@
 //           exactly 0 and so are the outputs and gradients of a query without keys. Where bf16 is multiplied in pairs
 //           weights and the scores' gradients are rounded to it once, for the products they enter.
 // Limits    any B, L, H, S, E, C and position. Scratch grows with S and E, not with L or C, but for the
-//           list of items, 32 bytes each.
+//           list of items, 32 bytes each. Sliding, a tile of queries walks the keys of its windows alone, of which a
+//           NaN or inf may reach its other queries.
 #include "ops/chunk_attention.h"
 
 #include <cstring>
