@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       }
     }
   }
+  sync_warp();  // all weights are read: lanes that share a row store over each other's
   tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(dS + r * kTile + c, pack); });
 }
 
