@@ -21,7 +21,8 @@ SOURCES := CMakeLists.txt $(wildcard cpp cpp/* cpp/*/*.h cpp/*/*.cpp cuda cuda/*
 FORMATTED = $$(git ls-files 'cpp/*.h' 'cpp/*.cpp' 'cuda/*.cu' 'cuda/*.cuh' 'cuda/*.h' 'cuda/*.cpp' \
               'tests/*.c' 'tests/*.cu' 'tests/*.h' 'tests/*.cpp')
 # What runs in the host executor: the tests that hold for every op, and those of each op that has a CUDA kernel.
-SIMT_TESTS = tests/test_ops.py $(wildcard $(patsubst cuda/ops/%.cu,tests/test_%.py,$(wildcard cuda/ops/*.cu)))
+SIMT_TESTS = tests/test_ops.py \
+             $(sort $(foreach op,$(wildcard cuda/ops/*.cu),$(wildcard $(op:cuda/ops/%.cu=tests/test_%*.py))))
 ASAN = detect_leaks=0:allocator_may_return_null=1
 PARALLEL = -n $(SIMT_JOBS) --dist worksteal
 SIMT_PYTEST = $(BIN)/python -m pytest -q $(PARALLEL) $(SIMT_TESTS) $(ARGS)

@@ -9,6 +9,7 @@
 //           lanes. Backward: an item is a group of key tiles of one chunk and head. A key tile stays while the tiles of
 //           queries after it pass by; keys lie across lanes. dk and dv belong to one item; dq is summed over groups.
 //           Items are listed with their work and shared by it, however long sequences are (chunk_attention_items.h).
+//           Chunks of few keys, of short sequences, go row by row (chunk_attention_few.h).
 // Traffic   2 (S + E) FLOPs per query and key forward, 2 (3 S + 2 E) backward, the non-causal half skipped but for
 //           part of a tile on the diagonal: compute-bound. A query tile reads every key and value before it once.
 // Numerics  scores, weights and sums in stat; sums in the order of the keys (forward), the queries (dk, dv), the key
@@ -24,6 +25,7 @@
 
 #include "core/rows.h"
 #include "ops/chunk_attention_backward.h"
+#include "ops/chunk_attention_few.h"
 #include "ops/chunk_attention_forward.h"
 #include "ops/chunk_attention_items.h"
 
@@ -44,6 +46,7 @@ void forward(const ChunkAttentionForward& args) {
   A* scratch = numbers_after_items<A>(args, args.workspace);
   parallel_for(args.slots, 1, [&](int64_t begin, int64_t end) {
     items.for_each(begin, end, [&](const Chunk& chunk, int64_t, int64_t tile) {
+      if (FewKeys<T>::are(args, chunk)) return FewKeys<T>(args, chunk).forward(args);
       ForwardTile<T>(args, chunk, tile, scratch + begin * args.scratch).run();
     });
   });
@@ -118,6 +121,7 @@ void backward(const ChunkAttentionBackward& args) {
     items.for_each(begin, end, [&](const Chunk& chunk, int64_t c, int64_t group) {
       const int64_t part = group + (args.sliding ? c % 2 * args.groups : 0);
       A* dq = partial + part * rows * args.S;
+      if (FewKeys<T>::are(args, chunk)) return FewKeys<T>(args, chunk).backward(args, D, dq);
       BackwardTile<T>(args, chunk, group, D, dq, scratch + begin * args.scratch).run();
     });
   });

@@ -26,34 +26,9 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/tensor.h"
+#include "ops/chunk_attention_chunks.h"
 
 namespace megalodon {
-
-struct ChunkAttention {
-  DType dtype;              // of q, k, v, o, the caches and all gradients
-  const void* q;            // [B, L, H, S]
-  const void* k;            // [B, L, H, S]
-  const void* v;            // [B, L, H, E]
-  const void* k_cache;      // [N, C, H, S], nullptr: none
-  const void* v_cache;      // [N, C, H, E], nullptr: none
-  const int64_t* position;  // [N], nullptr: 0
-  Sequences sequences;      // N: the B rows, or the segments where B = 1 and L is all tokens
-  int64_t H, S, E, C;
-  int64_t seed;
-  uint32_t drop_below;  // floor(dropout_p 2^32)
-  bool sliding;
-  bool drops_weights;  // dropout_p > 0 in the mode "weight"
-  double kept_scale;   // of the weights that are left: 1 / (1 - dropout_p) in that mode, or 1
-  bool cached;         // whether there are caches; an empty one may have no memory
-  int64_t items;       // CPU: of a head, at most
-  int64_t slots;       // CPU: that the items of all heads are shared among
-  int64_t scratch;     // CPU: elements per slot; GPU: bytes of weights
-
-  // The number of a token and head in lse [B, H, L].
-  MEGALODON_HOST_DEVICE constexpr int64_t statistic(int64_t token, int64_t h) const {
-    return (token / sequences.length * H + h) * sequences.length + token % sequences.length;
-  }
-};
 
 struct ChunkAttentionForward : ChunkAttention {
   static constexpr int64_t kKeys = 256;     // of a block
@@ -88,93 +63,6 @@ struct ChunkAttentionBackward : ChunkAttention {
   constexpr int64_t partials() const { return groups * (1 + sliding); }
 };
 
-// Chunks that the tokens of a row may lie in, keys and queries that a chunk may have.
-static inline int64_t chunks_of(int64_t L, int64_t C, bool cached) { return L == 0 ? 0 : (L - 1) / C + 1 + cached; }
-static inline int64_t keys_of_chunk(const ChunkAttention& args) {
-  if (args.sliding) return args.C - 1 + std::min(args.sequences.length, args.C);
-  return args.cached || args.sequences.length >= args.C ? args.C : args.sequences.length;
-}
-static inline int64_t queries_of_chunk(const ChunkAttention& args) { return std::min(args.sequences.length, args.C); }
-// Chunks of a head that the shapes allow, and how many there are if none is shorter than it must be, which decides how
-// finely they are divided: segments that make more and shorter ones of the tokens do not make more work.
-static inline int64_t most_chunks(const ChunkAttention& args) {
-  const Sequences& s = args.sequences;
-  return s.packed ? s.length / args.C + s.count * (1 + args.cached)
-                  : s.count * chunks_of(s.length, args.C, args.cached);
-}
-static inline int64_t whole_chunks(const ChunkAttention& args) {
-  const Sequences& s = args.sequences;
-  return s.packed ? ceil_div(s.length, args.C) : most_chunks(args);
-}
-
-// One chunk of one sequence and head. Places 0 .. keys - 1 are its keys, first .. end - 1 its queries, of which the one
-// at place i sees the keys i - C < j <= i. Those below `cached` came before this call and are in the caches.
-struct Chunk {
-  int64_t sequence, h, cached, first, keys, end;
-  int64_t slot;       // of place 0 in the caches, which are rings
-  int64_t token;      // place r is token `token + r` of the batch
-  int64_t statistic;  // place r has number `statistic + r` in lse
-  uint32_t start;     // the absolute position of place 0
-  MEGALODON_HOST_DEVICE constexpr int64_t queries() const { return end > first ? end - first : 0; }
-};
-
-// Chunk c of sequence i, without queries if there is no such chunk.
-MEGALODON_HOST_DEVICE static inline Chunk chunk_of(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
-  Chunk chunk{};
-  chunk.sequence = i;
-  chunk.h = h;
-  const int64_t position = args.position == nullptr ? 0 : args.position[i];
-  const int64_t m = position % args.C, begin = args.sequences.begin(i), place = c * args.C - m;
-  const int64_t left = args.sequences.end(i) - begin - place;
-  chunk.first = chunk.cached = c == 0 ? m : 0;
-  chunk.keys = chunk.end = args.C < left ? args.C : left;
-  chunk.token = begin + place;
-  chunk.statistic = args.statistic(begin, h) + place;
-  chunk.start = static_cast<uint32_t>(static_cast<uint64_t>(position - m + c * args.C));
-  return chunk;
-}
-
-// Sliding: the chunk that begins with place `before` - C + 1 or 0 of a sequence whose places are the last C - 1 tokens
-// before this call, as far as there are any, and the call's tokens.
-static inline Chunk window_of(const ChunkAttention& args, int64_t i, int64_t h, int64_t place, int64_t cached) {
-  const int64_t position = args.position == nullptr ? 0 : args.position[i], begin = args.sequences.begin(i);
-  Chunk chunk{};
-  chunk.sequence = i;
-  chunk.h = h;
-  chunk.cached = std::max<int64_t>(cached - place, 0);
-  chunk.slot = (position - cached + place) % args.C;
-  chunk.token = begin - cached + place;
-  chunk.statistic = args.statistic(begin, h) - cached + place;
-  chunk.start = static_cast<uint32_t>(static_cast<uint64_t>(position - cached + place));
-  return chunk;
-}
-static inline int64_t cached_of(const ChunkAttention& args, int64_t i) {
-  return args.position == nullptr ? 0 : std::min(args.C - 1, args.position[i]);
-}
-
-// The c-th C queries of sequence i, with all keys they see.
-static inline Chunk chunk_of_queries(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
-  if (!args.sliding) return chunk_of(args, i, c, h);
-  const int64_t cached = cached_of(args, i), query = cached + c * args.C;
-  const int64_t place = std::max<int64_t>(query - args.C + 1, 0);
-  Chunk chunk = window_of(args, i, h, place, cached);
-  chunk.first = query - place;
-  const int64_t left = args.sequences.end(i) - chunk.token;
-  chunk.keys = chunk.end = std::min(chunk.first + args.C, left);
-  return chunk;
-}
-
-// The c-th C keys of sequence i, with all queries that see them.
-static inline Chunk chunk_of_keys(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
-  if (!args.sliding) return chunk_of(args, i, c, h);
-  Chunk chunk = window_of(args, i, h, c * args.C, cached_of(args, i));
-  const int64_t left = args.sequences.end(i) - chunk.token;
-  chunk.first = chunk.cached;
-  chunk.keys = std::min(args.C, left);
-  chunk.end = std::min(chunk.keys + args.C - 1, left);
-  return chunk;
-}
-
 // What a thread of the CPU does at a time: a part of the queries (backward: of the keys) of a chunk.
 struct ChunkItem {
   int64_t sequence, chunk, part;
@@ -191,54 +79,6 @@ constexpr int64_t kGpuScratch = 128 << 20;
 #endif
 
 constexpr int64_t kAlignment = 16;  // of the scratch, for which the workspace has room
-
-// The strips of the GPU's tiles in all chunks and heads: of `tile` queries, or keys, each. They are numbered without
-// knowing where sequences begin, those of a chunk one after another. Chunks of rows have `tiles` numbers each. Those of
-// packed sequences, which may be short, have as many as they need, and sequence i's begin at first(i): for every token
-// 1 / tile, for every chunk and for every sequence one more. Some numbers are left over.
-struct Strips {
-  struct Strip {
-    Chunk chunk;
-    int64_t tile;  // in the chunk, which may have none there
-  };
-  int64_t tile, tiles, per_head, count;
-  int64_t per_sequence;  // of a packed one: above those of its tokens and chunks
-  bool of_keys, packed;
-
-  static Strips of(const ChunkAttention& args, int64_t tile, bool of_keys) {
-    const Sequences& s = args.sequences;
-    Strips strips{};
-    strips.tile = tile;
-    strips.tiles = ceil_div(of_keys ? keys_of_chunk(args) : queries_of_chunk(args), tile);
-    strips.of_keys = of_keys;
-    strips.packed = s.packed;
-    // The first chunk of a packed sequence may have keys in the cache.
-    strips.per_sequence = s.packed ? 1 + (args.cached ? (of_keys ? strips.tiles : 1) : 0)
-                                   : chunks_of(s.length, args.C, args.cached) * strips.tiles;
-    strips.per_head = s.count * strips.per_sequence + (s.packed ? s.length / tile + s.length / args.C : 0);
-    strips.count = s.length == 0 ? 0 : args.H * strips.per_head;
-    return strips;
-  }
-
-  MEGALODON_HOST_DEVICE int64_t first(const ChunkAttention& args, int64_t i) const {
-    const int64_t begin = packed ? args.sequences.begin(i) : 0;
-    return begin / tile + begin / args.C + i * per_sequence;
-  }
-
-  MEGALODON_HOST_DEVICE Strip at(const ChunkAttention& args, int64_t number) const {
-    const int64_t h = number / per_head, n = number % per_head;
-    const int64_t i =
-        packed ? args.sequences.last_of([&](int64_t j) { return first(args, j) <= n; }) : n / per_sequence;
-    const int64_t index = n - first(args, i);
-    Chunk chunk = chunk_of(args, i, 0, h);
-    const int64_t of_first = packed ? ceil_div(of_keys ? chunk.keys : chunk.queries(), tile) : tiles;
-    if (index < of_first) {
-      if (index < 0) chunk.keys = 0;  // wrong bounds of segments
-      return {chunk, index};
-    }
-    return {chunk_of(args, i, 1 + (index - of_first) / tiles, h), (index - of_first) % tiles};
-  }
-};
 
 // The side of the GPU's tiles.
 constexpr int64_t gpu_tile(DType dtype, int64_t queries) {
@@ -305,7 +145,6 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(
   c.require(mode == "key" || mode == "weight", "dropout_mode", "key or weight", mode);
   args.drops_weights = mode == "weight" && args.drop_below > 0;
   args.kept_scale = args.drops_weights ? 1 / (1 - dropout_p) : 1;
-  if (args.sliding && c.on_cuda()) c.not_implemented("sliding attention of more than one step on CUDA");
   return t;
 }
 
@@ -324,7 +163,7 @@ static inline ChunkAttentionForward check_chunk_attention(Checker& c, const DLTe
   const int64_t keys = keys_of_chunk(args), queries = queries_of_chunk(args);
   if (c.on_cuda()) {
     const Strips strips = Strips::of(args, gpu_tile(args.dtype, queries), false);
-    args.scratch = gpu_scratch(strips.count, round_up(keys, strips.tile) * (strips.tile + 2) * size_of(stat));
+    args.scratch = gpu_scratch(strips.count, strips.partners * strips.tile * (strips.tile + 2) * size_of(stat));
     args.workspace = out.workspace(c, args.scratch + kAlignment);
     return args;
   }
@@ -367,9 +206,9 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
   const int64_t rows = args.sequences.tokens() * args.H;
   if (c.on_cuda()) {
     const Strips strips = Strips::of(args, gpu_tile(args.dtype, queries), true);
-    const int64_t strip_bytes = 2 * round_up(queries, strips.tile) * strips.tile * size_of(stat);
+    const int64_t strip_bytes = 2 * strips.partners * strips.tile * strips.tile * size_of(stat);
     args.scratch = gpu_scratch(strips.count, strip_bytes);
-    args.groups = args.scratch < (args.sequences.packed ? strips.count : strips.tiles) * strip_bytes;
+    args.groups = args.scratch < (strips.overlap() ? strips.count : strips.tiles) * strip_bytes;
     args.workspace =
         out.workspace(c, kAlignment + args.scratch + (round_up(rows, 4) + args.groups * rows * args.S) * size_of(stat));
     return args;

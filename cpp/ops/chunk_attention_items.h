@@ -7,6 +7,14 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
+// The c-th chunk of queries, or of keys, of sequence i with all they see, or are seen by.
+inline Chunk chunk_of_queries(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
+  return args.sliding ? block_of_queries(args, i, c, h, args.C) : chunk_of(args, i, c, h);
+}
+inline Chunk chunk_of_keys(const ChunkAttention& args, int64_t i, int64_t c, int64_t h) {
+  return args.sliding ? block_of_keys(args, i, c, h, args.C).chunk : chunk_of(args, i, c, h);
+}
+
 // The items of all chunks that have queries, in the order of time, head by head. A slot's items follow each other and
 // are about as much work as every other slot's, whatever the lengths of sequences. The parallel loop runs over slots
 // and a body uses the scratch of the first slot of its range: scratch is bounded where items are not.

@@ -4,7 +4,8 @@
 // Layout    q, k, v, o (B, L, H, S or E): the rows of a head are H S (H E) apart; caches (B, C, H, S or E) likewise;
 //           lse, D (B, H, L). cu_seqlens: B = 1. The scratch holds strips of tiles of weights: forward, a tile of
 //           queries with all keys before it, and the maximum and sum of the rows of every tile; backward, a tile of
-//           keys with all queries after it, P and dS. As many strips as the scratch has room for make a round.
+//           keys with all queries after it, P and dS; sliding, with those of its windows. As many strips as the
+//           scratch has room for make a round.
 // Mapping   a block owns a tile of 64 x 64 or 128 x 128, by matrix instructions for bfloat16 and float16
 //           (core/mma.cuh), else by multiply-adds (core/tile_product.cuh). Forward, per round: tiles of scores become
 //           weights, each relative to its own rows' maxima; tiles of o are their products with v, the rows brought to
@@ -20,7 +21,7 @@
 //           forward relative to a power of two, so that P is rounded once; lse is of the unrounded weights.
 // Limits    any B, L, H, S, E, C and position. Elements that are not 16-byte packs (S, E, addresses) go one by one and
 //           by multiply-adds. dq of a chunk whose strips are not in one round is summed over rounds in the workspace:
-//           in rows if they do not fit, in packed rows wherever a round ends.
+//           in rows if they do not fit, in packed rows and windows wherever a round ends.
 #include "ops/chunk_attention.h"
 #include "ops/chunk_attention_backward.cuh"
 #include "ops/chunk_attention_rounds.cuh"
@@ -42,7 +43,7 @@ struct ForwardScratch {
 
   ForwardScratch(const ChunkAttentionForward& args) {
     constexpr int64_t kTile = Tile::kTile;
-    key_tiles = ceil_div(keys_of_chunk(args), kTile);
+    key_tiles = Strips::of(args, kTile, false).partners;
     const int64_t rows = key_tiles * kTile;
     strips = args.scratch / (rows * (kTile * int64_t{sizeof(typename Tile::Weight)} + 2 * kParts * int64_t{sizeof(A)}));
     weights = reinterpret_cast<typename Tile::Weight*>(aligned(args.workspace));
@@ -59,15 +60,15 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
   SHARED(Slabs, slabs);
-  const auto [chunk, query_tile] = round.at(args, blockIdx.y);
-  const ScoreTile at{chunk, chunk.first + query_tile * kTile, int64_t{blockIdx.x} * kTile};
-  if (!at.any(kTile)) return;
-  const Rows<const T> queries(args, chunk, static_cast<const T*>(args.q), nullptr, args.S);
-  const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
+  const auto [chunk, query] = round.at(args, blockIdx.y);
+  const ScoreTile at{chunk, query, int64_t{blockIdx.x} * kTile};
+  if (!at.any(kTile, args.C)) return;
+  const QueryRows<const T> queries(args, chunk, static_cast<const T*>(args.q), args.S);
+  const KeyRows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
   Tile tile;
   tile.clear();
-  multiply(tile, slabs, 0, args.S, RowsOperand<T, V, true>{queries, at.query, chunk.keys, 0, args.S},
-           RowsOperand<T, V, true>{keys, at.key, chunk.keys, 0, args.S});
+  multiply(tile, slabs, 0, args.S, operand_of<V, true>(queries, at.query, chunk.keys, 0, args.S),
+           operand_of<V, true>(keys, at.key, chunk.keys, 0, args.S));
   hide_keys(tile, args, at);
   const int64_t index = blockIdx.y * scratch.key_tiles + blockIdx.x;
   UNROLL
@@ -100,6 +101,13 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       [&](int r, int c, const auto& pack) { store(weights + r * kTile + c, pack); });
 }
 
+// Where a block's tile of o lies: its first row, and how many rows there are.
+template <class T>
+struct Out {
+  T* first;
+  int rows;
+};
+
 // Block (tile of columns of o, strip). The first one of the columns also writes lse.
 template <class T, class Tile, bool kPacked>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
@@ -110,11 +118,14 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   SHARED(Slabs, slabs);
   SHARED(A, maximum, [kTile]);
   SHARED(A, inverse, [kTile]);
+  SHARED(Out<T>, out);                                 // here the registers are those of the product
   const int64_t strip = round.count - 1 - blockIdx.y;  // of a chunk the longest rows first
-  const auto [chunk, query_tile] = round.at(args, strip);
-  const int64_t query = chunk.first + query_tile * kTile;
+  const auto [chunk, query] = round.at(args, strip);
   if (query >= chunk.keys) return;
   const int64_t end = query + kTile < chunk.keys ? query + kTile : chunk.keys;
+  if (threadIdx.x == 0) {
+    out = {QueryRows<T>(args, chunk, static_cast<T*>(args.o), args.E).row(query), static_cast<int>(end - query)};
+  }
   const int64_t column = int64_t{blockIdx.x} * kTile;
   const A* maxima = scratch.maxima + strip * scratch.key_tiles * scratch.kParts * kTile;
   const A* sums = scratch.sums + strip * scratch.key_tiles * scratch.kParts * kTile;
@@ -139,20 +150,20 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       static_cast<A*>(args.lse)[chunk.statistic + place] = best + log(sum);
     }
   }
-  sync_block();  // the rows' maxima and sums are there
-  const Rows<const T> values(args, chunk, static_cast<const T*>(args.v), static_cast<const T*>(args.v_cache), args.E);
+  sync_block();  // the rows' maxima and sums are there, and where o lies
+  const KeyRows<const T> values(args, chunk, static_cast<const T*>(args.v), static_cast<const T*>(args.v_cache),
+                                args.E);
   const RescaledWeightsOperand<Tile> weights{
       {scratch.weights + strip * scratch.key_tiles * kTile * kTile, kTile * kTile}, maxima, maximum};
   Tile tile;
   tile.clear();
-  multiply(tile, slabs, 0, end, weights, RowsOperand<T, V, false>{values, 0, chunk.keys, column, args.E});
+  multiply(tile, slabs, 0, end, weights, operand_of<V, false>(values, 0, chunk.keys, column, args.E));
   UNROLL
   for (int r = 0; r < Tile::kRows; ++r) {
     UNROLL
     for (int c = 0; c < Tile::kColumns; ++c) tile.sum[r][c] *= inverse[Tile::row(r)];
   }
-  const Rows<T> o(args, chunk, static_cast<T*>(args.o), nullptr, args.E);
-  write_rows<kPacked>(tile, o, query, end, column, args.E);
+  write_rows<kPacked>(tile, QueryRows<T>{out.first, args.H * args.E}, 0, out.rows, column, args.E);
 }
 
 template <class T, class Tile, bool kPacked>

@@ -18,7 +18,7 @@ struct BackwardScratch {
 
   BackwardScratch(const ChunkAttentionBackward& args) {
     constexpr int64_t kTile = Tile::kTile;
-    query_tiles = ceil_div(queries_of_chunk(args), kTile);
+    query_tiles = Strips::of(args, kTile, true).partners;
     const int64_t strip = query_tiles * kTile * kTile;
     strips = strip == 0 ? 0 : args.scratch / (2 * strip * int64_t{sizeof(typename Tile::Weight)});
     P = reinterpret_cast<typename Tile::Weight*>(aligned(args.workspace));
@@ -73,21 +73,22 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
   SHARED(Slabs, slabs);
-  const auto [chunk, key_tile] = round.at(args, blockIdx.y);
-  const ScoreTile at{chunk, chunk.first + int64_t{blockIdx.x} * kTile, key_tile * kTile};
-  if (!at.any(kTile)) return;
-  const Rows<const T> queries(args, chunk, static_cast<const T*>(args.q), nullptr, args.S);
-  const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
-  const Rows<const T> douts(args, chunk, static_cast<const T*>(args.dout), nullptr, args.E);
-  const Rows<const T> values(args, chunk, static_cast<const T*>(args.v), static_cast<const T*>(args.v_cache), args.E);
+  const auto [chunk, key] = round.at(args, blockIdx.y);
+  const ScoreTile at{chunk, (args.sliding ? key : chunk.first) + int64_t{blockIdx.x} * kTile, key};
+  if (!at.any(kTile, args.C)) return;
+  const QueryRows<const T> queries(args, chunk, static_cast<const T*>(args.q), args.S);
+  const KeyRows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
+  const QueryRows<const T> douts(args, chunk, static_cast<const T*>(args.dout), args.E);
+  const KeyRows<const T> values(args, chunk, static_cast<const T*>(args.v), static_cast<const T*>(args.v_cache),
+                                args.E);
   Tile tile;
   tile.clear();
-  multiply(tile, slabs, 0, args.S, RowsOperand<T, V, true>{queries, at.query, chunk.keys, 0, args.S},
-           RowsOperand<T, V, true>{keys, at.key, chunk.keys, 0, args.S});
+  multiply(tile, slabs, 0, args.S, operand_of<V, true>(queries, at.query, chunk.end, 0, args.S),
+           operand_of<V, true>(keys, at.key, chunk.keys, 0, args.S));
   hide_keys(tile, args, at);
   const A infinity = static_cast<A>(INFINITY);
   const int64_t statistics = chunk.statistic + at.query;
-  const int64_t rows = chunk.keys - at.query;
+  const int64_t rows = chunk.end - at.query;
   UNROLL
   for (int r = 0; r < Tile::kRows; ++r) {
     const int row = Tile::row(r);
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(P + r * kTile + c, pack); });
   sync_warp();  // the weights are there: lanes that share a row have stored each other's
   tile.clear();
-  multiply(tile, slabs, 0, args.E, RowsOperand<T, V, true>{douts, at.query, chunk.keys, 0, args.E},
-           RowsOperand<T, V, true>{values, at.key, chunk.keys, 0, args.E});
+  multiply(tile, slabs, 0, args.E, operand_of<V, true>(douts, at.query, chunk.end, 0, args.E),
+           operand_of<V, true>(values, at.key, chunk.keys, 0, args.E));
   UNROLL
   for (int r = 0; r < Tile::kRows; ++r) {
     const int row = Tile::row(r);
@@ -148,24 +149,25 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   using Slabs = typename Tile::Slabs;
   SHARED(Slabs, slabs);
-  const auto [chunk, key_tile] = round.at(args, blockIdx.y);
-  const int64_t key = key_tile * kTile;
+  const auto [chunk, key] = round.at(args, blockIdx.y);
   if (key >= chunk.keys || chunk.queries() == 0) return;
   const int64_t value_tiles = ceil_div(args.E, kTile);
   const bool is_value = blockIdx.x < value_tiles;
   const int64_t column = (is_value ? blockIdx.x : blockIdx.x - value_tiles) * kTile,
                 columns = is_value ? args.E : args.S;
-  const Rows<const T> rows(args, chunk, static_cast<const T*>(is_value ? args.dout : args.q), nullptr, columns);
+  const QueryRows<const T> rows(args, chunk, static_cast<const T*>(is_value ? args.dout : args.q), columns);
+  // The first query's tile; sliding, those before it have none.
+  const int64_t first = args.sliding ? (chunk.first - key) / kTile : 0;
   const WeightsOperand<Tile, false> weights{
-      (is_value ? scratch.P : scratch.dS) + blockIdx.y * scratch.query_tiles * kTile * kTile, kTile * kTile};
+      (is_value ? scratch.P : scratch.dS) + (blockIdx.y * scratch.query_tiles + first) * kTile * kTile, kTile * kTile};
   // From the tile of the first query that sees a key.
   const int64_t begin = key <= chunk.first ? 0 : (key - chunk.first) / kTile * kTile;
   Tile tile;
   tile.clear();
   multiply(tile, slabs, begin, chunk.queries(), weights,
-           RowsOperand<T, V, false>{rows, chunk.first, chunk.keys, column, columns});
-  const Rows<T> out(args, chunk, static_cast<T*>(is_value ? args.dv : args.dk),
-                    static_cast<T*>(is_value ? args.dv_cache : args.dk_cache), columns);
+           operand_of<V, false>(rows, chunk.first, chunk.end, column, columns));
+  const KeyRows<T> out(args, chunk, static_cast<T*>(is_value ? args.dv : args.dk),
+                       static_cast<T*>(is_value ? args.dv_cache : args.dk_cache), columns);
   write_rows<kPacked>(tile, out, key, chunk.keys, column, columns);
 }
 
@@ -174,9 +176,9 @@ struct Queries {
   int64_t first, end;
   explicit Queries(const Round& round) {
     const auto& [strips, first_strip, count] = round;
-    const int64_t others = strips.tiles - 1;
-    first = strips.packed ? first_strip - others : first_strip / strips.tiles * strips.tiles;
-    end = strips.packed ? first_strip + count + others : round_up(first_strip + count, strips.tiles);
+    const int64_t others = (strips.sliding ? strips.partners : strips.tiles) - 1;
+    first = strips.overlap() ? first_strip - others : first_strip / strips.tiles * strips.tiles;
+    end = strips.overlap() ? first_strip + count + others : round_up(first_strip + count, strips.tiles);
     first = first < 0 ? 0 : first;
     end = end < strips.count ? end : strips.count;
   }
@@ -191,26 +193,26 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, T
   using Slabs = typename Tile::Slabs;
   SHARED(Slabs, slabs);
   const int64_t number = tiles.end - 1 - blockIdx.x;  // of a chunk the longest rows first
-  const auto [chunk, query_tile] = round.strips.at(args, number);
-  const int64_t query = chunk.first + query_tile * kTile;
-  if (query >= chunk.keys) return;
-  const int64_t queries_end = query + kTile < chunk.keys ? query + kTile : chunk.keys;
+  const auto [chunk, query, first_strip, first_key, index, step] = round.strips.queries_at(args, number);
+  if (query < chunk.first || query >= chunk.end) return;
+  const int64_t queries_end = query + kTile < chunk.end ? query + kTile : chunk.end;
   // The keys whose strips are in this round.
-  const int64_t first_strip = number - query_tile;
-  const int64_t key = first_strip < round.first ? (round.first - first_strip) * kTile : 0;
-  const int64_t round_end = (round.first + round.count - first_strip) * kTile;
+  const int64_t skipped = first_strip < round.first ? round.first - first_strip : 0;
+  const int64_t key = first_key + skipped * kTile;
+  const int64_t round_end = first_key + (round.first + round.count - first_strip) * kTile;
   const int64_t end = round_end < queries_end ? round_end : queries_end;
   if (key >= end) return;
   const int64_t column = int64_t{blockIdx.y} * kTile;
-  const int64_t tile_stride = scratch.query_tiles * kTile * kTile;
+  const int64_t strip = first_strip + skipped - round.first;
   const WeightsOperand<Tile, true> weights{
-      scratch.dS + (first_strip + key / kTile - round.first) * tile_stride + query_tile * kTile * kTile, tile_stride};
-  const Rows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
+      scratch.dS + (strip * scratch.query_tiles + index + skipped * step) * kTile * kTile,
+      (scratch.query_tiles + step) * kTile * kTile};
+  const KeyRows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
   Tile tile;
   tile.clear();
-  multiply(tile, slabs, 0, end - key, weights, RowsOperand<T, V, false>{keys, key, chunk.keys, column, args.S});
-  const Rows<A> sums(args, chunk, scratch.dq, nullptr, args.S);  // used where a chunk takes several rounds
-  if (key > 0) {                                                 // what earlier rounds have summed
+  multiply(tile, slabs, 0, end - key, weights, operand_of<V, false>(keys, key, chunk.keys, column, args.S));
+  const QueryRows<A> sums(args, chunk, scratch.dq, args.S);  // used where a chunk takes several rounds
+  if (skipped > 0) {                                         // what earlier rounds have summed
     UNROLL
     for (int r = 0; r < Tile::kRows; ++r) {
       const int64_t place = query + Tile::row(r);
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, T
   if (end < queries_end) {
     write_rows<kPacked>(tile, sums, query, queries_end, column, args.S);
   } else {
-    const Rows<T> dq(args, chunk, static_cast<T*>(args.dq), nullptr, args.S);
+    const QueryRows<T> dq(args, chunk, static_cast<T*>(args.dq), args.S);
     write_rows<kPacked>(tile, dq, query, queries_end, column, args.S);
   }
 }

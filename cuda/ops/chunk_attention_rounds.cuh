@@ -16,16 +16,16 @@ struct Round {
 };
 
 // Calls body(Round) until all strips have been visited, `most` of them together. Strips of a chunk of rows are in one
-// round if they fit, and in rounds of their own if not; those of packed rows, whose chunks begin anywhere, may be
-// in two.
+// round if they fit, and in rounds of their own if not; those of packed rows, whose chunks begin anywhere, and of
+// windows may be in two.
 template <class Body>
 void for_rounds(const Strips& strips, int64_t most, Body&& body) {
   constexpr int64_t kMaxStrips = 65535;  // of a grid's y
   most = most < kMaxStrips ? most : kMaxStrips;
-  const bool fit = most >= strips.tiles;
-  if (!strips.packed && fit) most -= most % strips.tiles;
+  const bool fit = most >= strips.tiles, overlap = strips.overlap();
+  if (!overlap && fit) most -= most % strips.tiles;
   for (int64_t first = 0, count; first < strips.count; first += count) {
-    count = strips.packed || fit ? strips.count - first : strips.tiles - first % strips.tiles;
+    count = overlap || fit ? strips.count - first : strips.tiles - first % strips.tiles;
     count = count < most ? count : most;
     body(Round{strips, first, count});
   }

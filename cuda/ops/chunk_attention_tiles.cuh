@@ -8,39 +8,64 @@
 
 namespace megalodon::cuda {
 
-// The rows of one of a chunk's tensors, from its place 0 on: first those in the cache, then those of this call.
+// The rows of a chunk's queries, of n numbers, or of what belongs to them.
 template <class T>
-struct Rows {
-  T* cached;
+struct QueryRows {
+  using Element = T;
   T* fresh;
-  int64_t stride, first;
+  int64_t stride;
 
-  DEVICE Rows(const ChunkAttention& args, const Chunk& chunk, T* tensor, T* cache, int64_t n)
-      : cached(chunk.first > 0 ? cache + (chunk.sequence * args.C * args.H + chunk.h) * n : nullptr),
-        fresh(tensor + (chunk.token * args.H + chunk.h) * n),
-        stride(args.H * n),
-        first(chunk.first) {}
-  DEVICE T* row(int64_t place) const { return (place < first ? cached : fresh) + place * stride; }
+  DEVICE QueryRows(T* fresh, int64_t stride) : fresh(fresh), stride(stride) {}
+  DEVICE QueryRows(const ChunkAttention& args, const Chunk& chunk, T* tensor, int64_t n)
+      : fresh(tensor + (chunk.token * args.H + chunk.h) * n), stride(args.H * n) {}
+  DEVICE T* row(int64_t place) const { return fresh + place * stride; }
 };
 
-// Rows [begin, end) of a chunk's tensor and its columns from `column` on, as an operand: zeros beyond both.
-template <class T, int V, bool along_depth>
+// Those of its keys: from place 0 on first those in the cache, a ring, then those of this call.
+template <class T>
+struct KeyRows : QueryRows<T> {
+  T* cached;
+  int64_t slots, wrap, first;
+
+  DEVICE KeyRows(const ChunkAttention& args, const Chunk& chunk, T* tensor, T* cache, int64_t n)
+      : QueryRows<T>(args, chunk, tensor, n), slots(args.C), wrap(args.C - chunk.slot), first(chunk.cached) {
+    cached = first > 0 ? cache + ((chunk.sequence * args.C + chunk.slot) * args.H + chunk.h) * n : nullptr;
+  }
+  DEVICE T* row(int64_t place) const {
+    if (place >= first) return this->fresh + place * this->stride;
+    return cached + (place < wrap ? place : place - slots) * this->stride;
+  }
+};
+
+// Whether a chunk has the place, of which it has n: a tile may begin before them and end behind them.
+DEVICE bool is_place(int64_t place, int64_t n) { return static_cast<uint64_t>(place) < static_cast<uint64_t>(n); }
+
+// Rows [begin, end) of a chunk's tensor and its columns from `column` on, as an operand: zeros beyond both, and before
+// place 0.
+template <class Rows, int V, bool along_depth>
 struct RowsOperand {
+  using T = std::remove_const_t<typename Rows::Element>;
   using Element = T;
   static constexpr int kPack = V;
   static constexpr bool kAlongDepth = along_depth, kChanges = false;
-  Rows<const T> rows;
+  Rows rows;
   int64_t begin, end, column, columns;
 
-  DEVICE const T* line(int row) const { return begin + row < end ? rows.row(begin + row) + column : nullptr; }
+  DEVICE const T* line(int row) const { return is_place(begin + row, end) ? rows.row(begin + row) + column : nullptr; }
   DEVICE const T* at(const T* line, int64_t depth) const {
     return line == nullptr || column + depth >= columns ? nullptr : line + depth;
   }
   DEVICE const T* at(int row, int64_t depth) const {
     const int64_t place = begin + depth;
-    return place >= end || column + row >= columns ? nullptr : rows.row(place) + column + row;
+    return is_place(place, end) && column + row < columns ? rows.row(place) + column + row : nullptr;
   }
 };
+
+template <int V, bool along_depth, class Rows>
+DEVICE RowsOperand<Rows, V, along_depth> operand_of(const Rows& rows, int64_t begin, int64_t end, int64_t column,
+                                                    int64_t columns) {
+  return {rows, begin, end, column, columns};
+}
 
 // Tiles of weights in the workspace, one after another along the depth.
 template <class Tile, bool along_depth>
@@ -83,10 +108,14 @@ struct ScoreTile {
   Chunk chunk;
   int64_t query, key;
 
-  DEVICE int64_t queries_end(int size) const { return query + size < chunk.keys ? query + size : chunk.keys; }
-  // Whether some query sees some key, and whether every query sees every key.
-  DEVICE bool any(int size) const { return query < chunk.keys && key < queries_end(size); }
-  DEVICE bool all(int size) const { return key + size <= query + 1 && query + size <= chunk.keys; }
+  // Whether some query sees some key, and whether every query sees every key. Query i sees the keys i - C < j <= i.
+  DEVICE bool any(int size, int64_t C) const {
+    const int64_t end = query + size < chunk.end ? query + size : chunk.end;
+    return query >= chunk.first && query < chunk.end && key < end && key + size > query - C + 1;
+  }
+  DEVICE bool all(int size, int64_t C) const {
+    return key >= 0 && key + size <= query + 1 && query + size <= chunk.end && key > query + size - 1 - C;
+  }
 };
 
 // A bit for each of n <= 4 keys j, j + 1 .., set where it is dropped for query i; absolute positions.
@@ -129,13 +158,22 @@ template <class Tile>
 DEVICE void hide_keys(Tile& tile, const ChunkAttention& args, const ScoreTile& at) {
   using A = typename Tile::Sum;
   const A lowest = -static_cast<A>(INFINITY);
-  if (!at.all(Tile::kTile)) {
+  if (!at.all(Tile::kTile, args.C)) {
+    // In rows and columns of the tile: those there are, and what row 0 would see, in numbers that none exceeds.
+    const auto bounded = [](int64_t n) {
+      constexpr int64_t most = 2 * Tile::kTile;
+      return static_cast<int>(n > most ? most : n < -most ? -most : n);
+    };
+    const int first = bounded(-at.key), rows = bounded(at.chunk.end - at.query);
+    const int high = bounded(at.query - at.key), low = bounded(at.query - at.key - args.C + 1);
     UNROLL
     for (int r = 0; r < Tile::kRows; ++r) {
-      const int64_t i = at.query + Tile::row(r);
+      const int row = Tile::row(r);
       UNROLL
       for (int c = 0; c < Tile::kColumns; ++c) {
-        if (at.key + Tile::column(c) > i || i >= at.chunk.keys) tile.sum[r][c] = lowest;
+        const int column = Tile::column(c);
+        const bool is_seen = row < rows && column >= first && column <= row + high && column >= row + low;
+        if (!is_seen) tile.sum[r][c] = lowest;
       }
     }
   }
@@ -143,12 +181,13 @@ DEVICE void hide_keys(Tile& tile, const ChunkAttention& args, const ScoreTile& a
 }
 
 // The tile into rows `begin` .. end - 1 of a chunk's tensor, from column `column` of `columns` on.
-template <bool kPacked, class T, class Tile>
-DEVICE void write_rows(const Tile& tile, const Rows<T>& rows, int64_t begin, int64_t end, int64_t column,
+template <bool kPacked, class Rows, class Tile>
+DEVICE void write_rows(const Tile& tile, const Rows& rows, int64_t begin, int64_t end, int64_t column,
                        int64_t columns) {
+  using T = typename Rows::Element;
   tile.template for_packs<T>([&](int r, int c, const auto& pack) {
     const int64_t place = begin + r;
-    if (place >= end) return;
+    if (!is_place(place, end)) return;
     T* to = rows.row(place) + column + c;
     if constexpr (kPacked) {
       if (column + c < columns) store(to, pack);

@@ -1,7 +1,7 @@
 """chunk_attention by a sliding window: random shapes, tiles, streams of any split, threads.
 
-On the CPU only: the CUDA kernel refuses it yet. What differs from chunks is which keys a query
-sees, so DropKey, packed rows and caches are met here, and all else in test_chunk_attention.py.
+What differs from chunks is which keys a query sees, so DropKey, packed rows and caches are met
+here, and all else in test_chunk_attention.py.
 """
 
 import math
@@ -19,11 +19,13 @@ from torch import Tensor
 from megalodon_ops import chunk_attention, registry
 from megalodon_ops._library import Maker
 
-pytestmark = pytest.mark.skipif(BACKEND != "", reason="not implemented on CUDA yet")
-
 OP = registry["chunk_attention"]
 F64 = torch.float64
 Caches = tuple[Tensor | None, ...]
+# Tiles are smaller on a GPU, and its kernels slow in the executor.
+SEVERAL_TILES = [(200, 70), (70, 200), (130, 8), (257, 129)]
+if not BACKEND:
+    SEVERAL_TILES = [(700, 300), (300, 700), (1300, 256), (520, 8), (300, 257)]
 
 
 def qkv(make: Maker, B: int, L: int, H: int, S: int, E: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,12 +78,25 @@ def test_any_shape(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64], ids=str)
 @pytest.mark.parametrize("start", [None, 0, 150, 5000])
-@pytest.mark.parametrize(("L", "C"), [(700, 300), (300, 700), (1300, 256), (520, 8), (300, 257)])
+@pytest.mark.parametrize(("L", "C"), SEVERAL_TILES)
 def test_several_tiles(L: int, C: int, start: int | None, dtype: torch.dtype) -> None:
     """Windows over several tiles and key blocks, and several windows in a tile."""
     make = Maker(dtype)
     caches = caches_of(make, None if start is None else [start], C, 1, 16, 24)
     args = (*qkv(make, 1, L, 1, 16, 24), C, 0.0, 0, None, *caches, True)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["key", "weight"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_packed_tiles(cached: bool, mode: str, dtype: torch.dtype) -> None:
+    """Segments of several tiles, whose windows begin in the cache, in the middle of a tile."""
+    make, lengths = Maker(dtype), (150, 0, 1, 200)
+    caches = caches_of(make, [0, 3, 90, 500] if cached else None, 90, 2, 8, 16)
+    x = qkv(make, 1, sum(lengths), 2, 8, 16)
+    args = (*x, 90, 0.3, 5, make.bounds(*lengths), *caches, True, mode)
     check_forward(OP, args)
     check_gradients(OP, args)
 
