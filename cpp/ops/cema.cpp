@@ -44,7 +44,7 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
   pack(x, args.D, lanes, steps, packed);
   if (rest != 0) std::memset(packed + steps * W, 0, (kTile - rest) * W * sizeof(A));
   next.each = ceil_div(next.rows, ceil_div(N, kKept) * ceil_div(tiles, kTogether));
-  const bool direct = lanes == W && rest == 0, past = next.out == nullptr;
+  const bool direct = lanes == W, past = next.out == nullptr;
   respond<A, kAhead>(tables.response(d), packed, tiles, sums);
   for (int64_t n = 0; n < N; n += kKept) {
     const TileStates of{tiles, N - n < kKept ? N - n : kKept};
@@ -55,19 +55,20 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
       A *hi = state.hi + 2 * (n + i) * W, *lo = state.lo + 2 * (n + i) * W;
       std::memcpy(end, hi, sizeof end);
       advance_block<A, kAhead, true, G>(table, packed, of.from(i), end, states);
+      if (rest != 0) {
+        finish_tile<A, G>(table, tables.exact_q(d, n + i), packed + (steps - rest) * W, rest,
+                          states + of.from(i).at(tiles - 1) * W, of.stride(tiles - 1), hi);
+        return;
+      }
       for (int g = 0; g < G; ++g, hi += 2 * W, lo += 2 * W) {
-        if (rest != 0) {
-          finish_tile(table + g * kRow * W, tables.exact_q(d, n + i + g), packed + (steps - rest) * W, rest,
-                      states + of.from(i + g).at(tiles - 1) * W, hi);
-        } else {
-          carry(table + g * kRow * W, steps == K, end + 2 * g * W, hi, lo);
-        }
+        carry(table + g * kRow * W, steps == K, end + 2 * g * W, hi, lo);
       }
     });
     output_block<A, kAhead>(tables.row(d, n), states, of, sums, direct && n + of.group == N ? y : nullptr, args.D, past,
-                            [&] { next.fetch(); });
+                            rest != 0, [&] { next.fetch(); });
   }
-  if (!direct) unpack(sums, args.D, lanes, steps, y);
+  const int64_t done = !direct ? 0 : rest == 0 ? steps : TileStates{tiles, 0}.last() * kTile;
+  unpack(sums + done * W, args.D, lanes, steps - done, past, y + done * args.D);
 }
 
 // Sequence i, the channels [d0, d1).

@@ -102,10 +102,10 @@ void backward_block(const CemaBackward& args, const TileTables<stat_t<T>>& table
       add_products<A, G>(table, tables.powers_of(d, n + i), x, dy, h, M, of, i, scratch.sums_of(d, n + i));
     });
     output_block<A, kBack>(tables.row(d, n), M, of, dx, lanes == W && n + of.group == N ? dx_rows : nullptr, args.D,
-                           next.out == nullptr, [&] { next.fetch(); });
+                           next.out == nullptr, false, [&] { next.fetch(); });
   }
   add_lags(x, dy, tiles, scratch.channels_of(d));
-  if (lanes < W) unpack(dx, args.D, lanes, steps, dx_rows);
+  if (lanes < W) unpack(dx, args.D, lanes, steps, false, dx_rows);
 }
 
 // The steps behind the last tile, fewer than T, one by one in float64; h before them is the state of the scratch, which
@@ -166,7 +166,7 @@ void backward_tail(const CemaBackward& args, const TileTables<stat_t<T>>& tables
     }
     for (int64_t t = 0; t < steps; ++t) store_wide(dx + t * W + i, grad[t]);
   }
-  unpack(dx, args.D, lanes, steps, dx_rows);
+  unpack(dx, args.D, lanes, steps, false, dx_rows);
 }
 
 // Sequence i, the channels [d0, d1).

@@ -83,14 +83,10 @@ void store_state(const CemaShape& shape, const A* state, int64_t i, int64_t d, v
   }
 }
 
-// Steps of a vector of channels, from rows D elements apart.
+// Steps of a vector of channels, from rows D elements apart, and back (unpack), past the caches if so.
 template <class T>
 inline void pack(const T* rows, int64_t D, int64_t lanes, int64_t steps, stat_t<T>* packed) {
   for (int64_t t = 0; t < steps; ++t) store(packed + t * kLanes<stat_t<T>>, load(rows + t * D, lanes));
-}
-template <class T>
-inline void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t steps, T* rows) {
-  for (int64_t t = 0; t < steps; ++t) store(rows + t * D, load(packed + t * kLanes<stat_t<T>>), lanes);
 }
 
 // Where the next block's rows lie, fetched while this one is worked on: they are D elements apart, which the hardware
@@ -138,6 +134,15 @@ inline void put(T* p, Vec<stat_t<T>> v) {
   }
 #endif
   store(p, v);
+}
+template <class T>
+inline void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t steps, bool past, T* rows) {
+  constexpr int64_t W = kLanes<stat_t<T>>;
+  if (past && lanes == W) {
+    for (int64_t t = 0; t < steps; ++t) put<true>(rows + t * D, load(packed + t * W));
+  } else {
+    for (int64_t t = 0; t < steps; ++t) store(rows + t * D, load(packed + t * W), lanes);
+  }
 }
 inline void finish_puts() {
 #if defined(__AVX512F__)

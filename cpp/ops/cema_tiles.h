@@ -149,6 +149,8 @@ struct TileStates {
   int64_t stride(int64_t m) const { return m < whole() ? 2 * kTogether : 2; }
   TileStates from(int64_t wavelet) const { return {tiles, group, wavelet}; }
   int64_t whole() const { return tiles / kTogether * kTogether; }
+  // The first tile of those that are worked on last.
+  int64_t last() const { return whole() < tiles ? tiles - 1 : tiles - kTogether; }
 };
 
 // Forward in time: the states from x. Backward (kBack): the adjoint states from dy, M <- q^T M + sum_i (g q^(i+1))
@@ -278,10 +280,10 @@ inline void output_tiles(const A* table, const A* states, int64_t group, const A
 }
 
 // Of all tiles of a block, from sums [steps, W] to the same, or to out, `step` elements from step to step, where that
-// is given. Calls after() now and then.
+// is given; `cut`: not the last ones. Calls after() now and then.
 template <class A, Direction kWay, class T, class After>
 inline void output_block(const A* table, const A* states, const TileStates& of, A* sums, T* out, int64_t step,
-                         bool past, After&& after) {
+                         bool past, bool cut, After&& after) {
   constexpr int64_t W = kLanes<A>;
   const auto tiles = [&](auto together, int64_t m) {
     constexpr int M = together.value;
@@ -291,7 +293,7 @@ inline void output_block(const A* table, const A* states, const TileStates& of, 
       output_tiles<A, kWay, kPast.value, M, 0>(table, from, of.group, y, to, apart);
       output_tiles<A, kWay, kPast.value, M, kOutputs>(table, from, of.group, y, to, apart);
     };
-    if (out == nullptr) {
+    if (out == nullptr || (cut && m == of.last())) {
       go(std::false_type{}, y, W);
     } else if (past) {
       go(std::true_type{}, out + m * kTile * step, step);
@@ -331,18 +333,32 @@ inline void carry(const A* table, bool whole, const A* end, A* hi, A* lo) {
   }
 }
 
-// The state after `steps` < T further steps from h, with x from there on; in float64.
-template <class A>
-inline void finish_tile(const A* table, const double* q, const A* x, int64_t steps, const A* h, A* end) {
-  constexpr int64_t W = kLanes<A>;
-  for (int64_t i = 0; i < W; i += kDoubles) {
-    Complex<Double> sum = power(load_pair(q, W, i), steps) * load_pair(h, W, i);
-    for (int64_t j = 0; j < steps; ++j) {
-      const Double input = load_wide(x + (steps - 1 - j) * W + i);
-      const Complex<Double> in = load_pair(table + (kEnter + 2 * j) * W, W, i);
-      sum = sum + Complex<Double>{in.re * input, in.im * input};
+// The states of G wavelets after `steps` < T further steps from h, `stride` vectors apart, with x from there on; in
+// float64, as ends of sequences and calls may be many.
+template <class A, int G>
+inline void finish_tile(const A* table, const double* q, const A* x, int64_t steps, const A* h, int64_t stride,
+                        A* end) {
+  constexpr int64_t W = kLanes<A>, kHalves = W / kDoubles;
+  Complex<Double> state[G][kHalves], by[G][kHalves];
+  Double a[G][kHalves];
+  for (int g = 0; g < G; ++g) {
+    for (int64_t i = 0; i < kHalves; ++i) {
+      state[g][i] = load_pair(h + g * stride * W, W, i * kDoubles);
+      by[g][i] = load_pair(q + 2 * g * W, W, i * kDoubles);
+      a[g][i] = load_wide(table + (g * kRow + kEnter) * W + i * kDoubles);
     }
-    store_pair(end, W, i, sum);
+  }
+  for (int64_t t = 0; t < steps; ++t) {
+    for (int64_t i = 0; i < kHalves; ++i) {
+      const Double input = load_wide(x + t * W + i * kDoubles);
+      for (int g = 0; g < G; ++g) {
+        const Complex<Double> s = state[g][i], f = by[g][i];
+        state[g][i] = {f.re * s.re + (a[g][i] * input - f.im * s.im), f.re * s.im + f.im * s.re};
+      }
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    for (int64_t i = 0; i < kHalves; ++i) store_pair(end + 2 * g * W, W, i * kDoubles, state[g][i]);
   }
 }
 
