@@ -91,7 +91,9 @@ def _commit() -> str:
 
 
 def _save(config: pytest.Config) -> Path | None:
-    """Writes the table so far, beside rows of the same commit and device that are there already."""
+    """Writes the table so far, beside other rows of the same device that are there already; every
+    row has the date and commit of its run.
+    """
     name = config.getoption("--save")
     if not name:
         return None
@@ -100,20 +102,17 @@ def _save(config: pytest.Config) -> Path | None:
     document: dict[str, Any] = {
         "device": device_name(),
         "cores": os.cpu_count(),
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
         "torch": torch.__version__,
         **_ceilings(),
     }
+    run = {"date": datetime.date.today().isoformat(), "commit": _commit()}
     old = json.loads(path.read_text()) if path.exists() else {}
-    if (old.get("commit"), old.get("device")) != (document["commit"], document["device"]):
+    if old.get("device") != document["device"]:
         old = {}
     for part, key, new in (("rows", KEY, rows), ("model", MODEL_KEY, model_rows)):
-        measured = [row.as_dict() for row in new]
-        known = {tuple(row[k] for k in key) for row in measured}
-        document[part] = measured + [
-            row for row in old.get(part, []) if tuple(row[k] for k in key) not in known
-        ]
+        table = {tuple(row[k] for k in key): row for row in old.get(part, [])}
+        table |= {tuple(row[k] for k in key): row | run for row in (r.as_dict() for r in new)}
+        document[part] = sorted(table.values(), key=lambda row: str(row[key[0]]))
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 

@@ -97,10 +97,12 @@ def _section(document: dict[str, Any]) -> str:
     measured = {row["op"] for row in document["rows"]}
     missing = [op for op in (CUDA_OPS if on_gpu else ALL_OPS) if op not in measured]
     ceilings = document.get("ceilings", {})
+    every = document["rows"] + document.get("model", [])
+    runs = sorted({f"{row['date']} (commit {row['commit']})" for row in every})
     lines = [
         f"## {document['device']}",
         "",
-        f"{document['date']}, commit {document['commit']}, torch {document['torch']}, "
+        f"{', '.join(runs)}, torch {document['torch']}, "
         f"threads: {', '.join(map(str, threads))} of {document['cores']} cores."
         + "".join(f" {name}: {value}." for name, value in ceilings.items()),
         "",
