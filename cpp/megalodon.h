@@ -79,7 +79,8 @@ MEGALODON_API const char* megalodon_version(void);
 MEGALODON_API const char* megalodon_cuda_version(void);
 
 /* The instruction set the CPU kernels run: "portable", "avx2", "avx512" or "avx512_bf16" (avx512 but for
- * the kernels that multiply bf16 in pairs). Starts as the best the CPU has.
+ * the bf16 kernels that multiply it in pairs, or round to it, by instructions of their own, to which subnormal numbers
+ * are zeros). Starts as the best the CPU has.
  * set_isa takes one of them or "auto"; not thread-safe against running kernels. */
 MEGALODON_API const char* megalodon_isa(void);
 MEGALODON_API int megalodon_set_isa(const char* name);

@@ -50,6 +50,9 @@ struct TypeTag {
 // Calls f(TypeTag<T>) with the activation type T of `dtype`, which check() has proved to be one of the four.
 template <class F>
 void visit_activation(DType dtype, F&& f) {
+#if defined(__AVX512BF16__)  // these kernels are for bf16 alone (isa.h)
+  return f(TypeTag<bf16>{});
+#endif
   switch (dtype) {
     case DType::kBfloat16:
       return f(TypeTag<bf16>{});

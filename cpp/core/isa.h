@@ -11,8 +11,7 @@
 
 namespace megalodon {
 
-// kAvx512Bf16: as kAvx512, but for the kernels of bf16 that are compiled once more, in namespace avx512_bf16, and that
-// those of avx512 hand over to.
+// kAvx512Bf16: as kAvx512, but for the kernels of bf16 that are compiled once more, in namespace avx512_bf16.
 enum class Isa : int32_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 Isa active_isa() noexcept;
@@ -20,45 +19,54 @@ Isa active_isa() noexcept;
 }  // namespace megalodon
 
 // Declares the kernel megalodon::cpu::NAME(const ARGS&) in every instruction set, and the function that chooses.
-#if defined(MEGALODON_X86) && !defined(MEGALODON_SIMT)
-#define MEGALODON_CPU_KERNEL(NAME, ARGS)      \
-  namespace megalodon::cpu {                  \
-  namespace portable {                        \
-  void NAME(const ARGS&);                     \
-  }                                           \
-  namespace avx2 {                            \
-  void NAME(const ARGS&);                     \
-  }                                           \
-  namespace avx512 {                          \
-  void NAME(const ARGS&);                     \
-  }                                           \
-  static inline void NAME(const ARGS& args) { \
-    switch (active_isa()) {                   \
-      case Isa::kAvx512Bf16:                  \
-      case Isa::kAvx512:                      \
-        return avx512::NAME(args);            \
-      case Isa::kAvx2:                        \
-        return avx2::NAME(args);              \
-      default:                                \
-        return portable::NAME(args);          \
-    }                                         \
-  }                                           \
+#define MEGALODON_DECLARE_KERNEL(ISA, NAME, ARGS) \
+  namespace megalodon::cpu::ISA {                 \
+  void NAME(const ARGS&);                         \
   }
+#if defined(MEGALODON_X86) && !defined(MEGALODON_SIMT)
+#define MEGALODON_CHOOSE_KERNEL(NAME, ARGS, ON_AVX512_BF16) \
+  MEGALODON_DECLARE_KERNEL(portable, NAME, ARGS)            \
+  MEGALODON_DECLARE_KERNEL(avx2, NAME, ARGS)                \
+  MEGALODON_DECLARE_KERNEL(avx512, NAME, ARGS)              \
+  namespace megalodon::cpu {                                \
+  static inline void NAME(const ARGS& args) {               \
+    switch (active_isa()) {                                 \
+      case Isa::kAvx512Bf16:                                \
+        ON_AVX512_BF16;                                     \
+        [[fallthrough]];                                    \
+      case Isa::kAvx512:                                    \
+        return avx512::NAME(args);                          \
+      case Isa::kAvx2:                                      \
+        return avx2::NAME(args);                            \
+      default:                                              \
+        return portable::NAME(args);                        \
+    }                                                       \
+  }                                                         \
+  }
+#define MEGALODON_CPU_KERNEL(NAME, ARGS) MEGALODON_CHOOSE_KERNEL(NAME, ARGS, )
+#define MEGALODON_CPU_KERNEL_BF16(NAME, ARGS)       \
+  MEGALODON_DECLARE_KERNEL(avx512_bf16, NAME, ARGS) \
+  MEGALODON_CHOOSE_KERNEL(NAME, ARGS, if (args.dtype == DType::kBfloat16) return avx512_bf16::NAME(args))
 #else
 #define MEGALODON_CPU_KERNEL(NAME, ARGS)                                     \
+  MEGALODON_DECLARE_KERNEL(portable, NAME, ARGS)                             \
   namespace megalodon::cpu {                                                 \
-  namespace portable {                                                       \
-  void NAME(const ARGS&);                                                    \
-  }                                                                          \
   static inline void NAME(const ARGS& args) { return portable::NAME(args); } \
   }
+#define MEGALODON_CPU_KERNEL_BF16 MEGALODON_CPU_KERNEL
 #endif
 
-// Declares the kernel of an op in both wings: megalodon::cpu::NAME(const ARGS&) and the launcher
-// megalodon::cuda::NAME(const ARGS&, stream). The launcher is weak: where cuda/ops does not define it, or was not
-// built, its address is null.
-#define MEGALODON_KERNEL(NAME, ARGS)                               \
-  MEGALODON_CPU_KERNEL(NAME, ARGS)                                 \
+// Declares the launcher megalodon::cuda::NAME(const ARGS&, stream). It is weak: where cuda/ops does not define it, or
+// was not built, its address is null.
+#define MEGALODON_CUDA_KERNEL(NAME, ARGS)                          \
   namespace megalodon::cuda {                                      \
   __attribute__((weak)) void NAME(const ARGS& args, void* stream); \
   }
+
+// The kernel of an op in both wings; and of one that is in the list of those for avx512_bf16 (CMakeLists.txt).
+#define MEGALODON_KERNEL(NAME, ARGS) \
+  MEGALODON_CPU_KERNEL(NAME, ARGS)   \
+  MEGALODON_CUDA_KERNEL(NAME, ARGS)
+#define MEGALODON_KERNEL_BF16(NAME, ARGS) \
+  MEGALODON_CPU_KERNEL_BF16(NAME, ARGS)   \
+  MEGALODON_CUDA_KERNEL(NAME, ARGS)

@@ -60,7 +60,11 @@ inline Vec<float> widen(bf16, HalfBits bits) {
 #endif
 }
 
-inline HalfBits narrow(bf16, Vec<float> v) {  // round to nearest even; NaN stays NaN
+// Rounds to nearest even; NaN stays NaN. The one instruction for it makes zeros of subnormal numbers.
+inline HalfBits narrow(bf16, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<HalfBits>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#endif
   const VecU32 bits = reinterpret_cast<VecU32>(v);
   const VecU32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const VecU32 high = (v == v ? rounded : bits | 0x400000) >> 16;
@@ -168,7 +172,12 @@ inline VecU32 round_to_bf16(Vec<float> v) {
 // What is stored is the result of arithmetic.
 template <class T>
 inline void store_pair(T* p, const Pair<stat_t<T>>& pair) {
-#if defined(__AVX2__)
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m512 a = reinterpret_cast<__m512>(pair.v[0]), b = reinterpret_cast<__m512>(pair.v[1]);
+    return _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+  }
+#elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, bf16>) {
     const VecU32 a = round_to_bf16(pair.v[0]), b = round_to_bf16(pair.v[1]);
 #if defined(__AVX512BW__)

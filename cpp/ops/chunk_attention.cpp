@@ -130,24 +130,13 @@ void backward(const ChunkAttentionBackward& args) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)  // compiled once more for these CPUs, for bf16 alone
-void chunk_attention_forward(const ChunkAttentionForward& args) { forward<bf16>(args); }
-void chunk_attention_backward(const ChunkAttentionBackward& args) { backward<bf16>(args); }
-#else
 void chunk_attention_forward(const ChunkAttentionForward& args) {
-#if defined(__AVX512F__)
-  if (multiplies_bf16_pairs(args.dtype)) return avx512_bf16::chunk_attention_forward(args);
-#endif
   visit_activation(args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args); });
 }
 
 void chunk_attention_backward(const ChunkAttentionBackward& args) {
-#if defined(__AVX512F__)
-  if (multiplies_bf16_pairs(args.dtype)) return avx512_bf16::chunk_attention_backward(args);
-#endif
   visit_activation(args.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args); });
 }
-#endif
 
 }  // namespace megalodon::cpu::MEGALODON_ISA
 

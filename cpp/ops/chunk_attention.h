@@ -236,17 +236,5 @@ static inline ChunkAttentionBackward check_chunk_attention_backward(
 
 }  // namespace megalodon
 
-MEGALODON_KERNEL(chunk_attention_forward, ChunkAttentionForward)
-MEGALODON_KERNEL(chunk_attention_backward, ChunkAttentionBackward)
-
-#if defined(MEGALODON_X86) && !defined(MEGALODON_SIMT)
-namespace megalodon::cpu {
-namespace avx512_bf16 {  // for q, k and v in bf16
-void chunk_attention_forward(const ChunkAttentionForward& args);
-void chunk_attention_backward(const ChunkAttentionBackward& args);
-}  // namespace avx512_bf16
-static inline bool multiplies_bf16_pairs(DType dtype) {
-  return dtype == DType::kBfloat16 && active_isa() == Isa::kAvx512Bf16;
-}
-}  // namespace megalodon::cpu
-#endif
+MEGALODON_KERNEL_BF16(chunk_attention_forward, ChunkAttentionForward)
+MEGALODON_KERNEL_BF16(chunk_attention_backward, ChunkAttentionBackward)

@@ -90,5 +90,5 @@ static inline LayerNormBackward check_layer_norm_backward(Checker& c, const DLTe
 
 }  // namespace megalodon
 
-MEGALODON_KERNEL(layer_norm_forward, LayerNormForward)
-MEGALODON_KERNEL(layer_norm_backward, LayerNormBackward)
+MEGALODON_KERNEL_BF16(layer_norm_forward, LayerNormForward)
+MEGALODON_KERNEL_BF16(layer_norm_backward, LayerNormBackward)

@@ -151,5 +151,5 @@ static inline QkNormRopeBackward check_qk_norm_rope_backward(Checker& c, const D
 
 }  // namespace megalodon
 
-MEGALODON_KERNEL(qk_norm_rope_forward, QkNormRopeForward)
-MEGALODON_KERNEL(qk_norm_rope_backward, QkNormRopeBackward)
+MEGALODON_KERNEL_BF16(qk_norm_rope_forward, QkNormRopeForward)
+MEGALODON_KERNEL_BF16(qk_norm_rope_backward, QkNormRopeBackward)

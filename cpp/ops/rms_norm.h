@@ -79,5 +79,5 @@ static inline RmsNormBackward check_rms_norm_backward(Checker& c, const DLTensor
 
 }  // namespace megalodon
 
-MEGALODON_KERNEL(rms_norm_forward, RmsNormForward)
-MEGALODON_KERNEL(rms_norm_backward, RmsNormBackward)
+MEGALODON_KERNEL_BF16(rms_norm_forward, RmsNormForward)
+MEGALODON_KERNEL_BF16(rms_norm_backward, RmsNormBackward)

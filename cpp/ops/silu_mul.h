@@ -57,5 +57,5 @@ static inline SiluMulBackward check_silu_mul_backward(Checker& c, const DLTensor
 
 }  // namespace megalodon
 
-MEGALODON_KERNEL(silu_mul_forward, SiluMulForward)
-MEGALODON_KERNEL(silu_mul_backward, SiluMulBackward)
+MEGALODON_KERNEL_BF16(silu_mul_forward, SiluMulForward)
+MEGALODON_KERNEL_BF16(silu_mul_backward, SiluMulBackward)

@@ -309,5 +309,5 @@ static inline TimestepNormBackward check_timestep_norm_backward(
 
 }  // namespace megalodon
 
-MEGALODON_KERNEL(timestep_norm_forward, TimestepNormForward)
-MEGALODON_KERNEL(timestep_norm_backward, TimestepNormBackward)
+MEGALODON_KERNEL_BF16(timestep_norm_forward, TimestepNormForward)
+MEGALODON_KERNEL_BF16(timestep_norm_backward, TimestepNormBackward)
