@@ -31,7 +31,9 @@ void parallel_for(int64_t count, int64_t grain, Body&& body) {
 template <class Body>
 void parallel_take(int64_t count, int64_t grain, Body&& body) {
   std::atomic<int64_t> next{0};
-  parallel_for((count + grain - 1) / grain, 1, [&](int64_t, int64_t) {
+  const int64_t turns = (count + grain - 1) / grain;
+  parallel_for(turns, 1, [&](int64_t first, int64_t last) {
+    if (last - first == turns) return body(int64_t{0}, count);  // one thread has all
     for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < count;) {
       body(begin, begin + grain < count ? begin + grain : count);
     }

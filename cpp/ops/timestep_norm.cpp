@@ -389,12 +389,10 @@ void forward(const TimestepNormForward& args) {
   const TimestepNormItems items = args.items();
   const int64_t elements = args.sequences.tokens() / items.parts * items.narrow.groups * args.K();
   for_items(items, grain_of_rows(elements), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const TimestepNormItems::Item item = items.at(i, args.G);
-      if (item.groups == 0) continue;
+    items.for_each(begin, end, args.G, args.K(), [&](const TimestepNormItems::Item& item) {
       ForwardTile<T, P> tile(args, item);
       for (int64_t sequence = item.begin; sequence < item.end; ++sequence) tile.run(sequence);
-    }
+    });
   });
 }
 
@@ -404,13 +402,11 @@ void backward(const TimestepNormBackward& args) {
   const TimestepNormItems items = args.items();
   const int64_t parts = items.parts;
   for_items(items, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const TimestepNormItems::Item item = items.at(i, args.G);
-      if (item.groups == 0) continue;
+    items.for_each(begin, end, args.G, args.K(), [&](const TimestepNormItems::Item& item) {
       BackwardTile<T, P> tile(args, ParameterSums<A>(args.workspace, parts, 2 * args.D, item.part), item);
       for (int64_t sequence = item.begin; sequence < item.end; ++sequence) tile.run(sequence);
       tile.flush();
-    }
+    });
   });
   const int64_t D = args.D;
   ParameterSums<A>::add_up(args.workspace, parts, 2 * D, 0, D, static_cast<A*>(args.dweight));
