@@ -92,7 +92,7 @@ def _commit() -> str:
 
 def _save(config: pytest.Config) -> Path | None:
     """Writes the table so far, beside other rows of the same device that are there already; every
-    row has the date and commit of its run.
+    row has the date, commit and torch of its run.
     """
     name = config.getoption("--save")
     if not name:
@@ -102,10 +102,13 @@ def _save(config: pytest.Config) -> Path | None:
     document: dict[str, Any] = {
         "device": device_name(),
         "cores": os.cpu_count(),
-        "torch": torch.__version__,
         **_ceilings(),
     }
-    run = {"date": datetime.date.today().isoformat(), "commit": _commit()}
+    run = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "torch": torch.__version__,
+    }
     old = json.loads(path.read_text()) if path.exists() else {}
     if old.get("device") != document["device"]:
         old = {}

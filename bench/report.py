@@ -98,11 +98,11 @@ def _section(document: dict[str, Any]) -> str:
     missing = [op for op in (CUDA_OPS if on_gpu else ALL_OPS) if op not in measured]
     ceilings = document.get("ceilings", {})
     every = document["rows"] + document.get("model", [])
-    runs = sorted({f"{row['date']} (commit {row['commit']})" for row in every})
+    runs = sorted({f"{r['date']} (commit {r['commit']}, torch {r['torch']})" for r in every})
     lines = [
         f"## {document['device']}",
         "",
-        f"{', '.join(runs)}, torch {document['torch']}, "
+        f"{', '.join(runs)}; "
         f"threads: {', '.join(map(str, threads))} of {document['cores']} cores."
         + "".join(f" {name}: {value}." for name, value in ceilings.items()),
         "",

@@ -137,6 +137,32 @@ def test_a_window_beyond_all_tokens_is_causal_attention() -> None:
     torch.testing.assert_close(got, chunk_attention(q, k, v, 50))
 
 
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("L", [1, 20])
+@pytest.mark.parametrize("C", [2**40 + 1, 2**62, 2**63 - 1])
+def test_the_largest_chunk_sizes(C: int, L: int, sliding: bool) -> None:
+    args = (*qkv(Maker(F64), 2, L, 2, 3, 4), C, 0.0, 0, None, None, None, None, sliding)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+def test_caches_have_no_more_slots_than_memory() -> None:
+    empty = torch.empty(1, 2**41, 1, 0)
+    args = (*qkv(Maker(torch.float32), 1, 2, 1, 0, 0), 2**41, 0.0, 0, None, empty, empty)
+    with pytest.raises(ValueError, match=r"chunk_size must be at most 2\^40 with caches; got 2199"):
+        OP.overload(*args, torch.tensor([0]))
+
+
+def test_a_gradient_of_inf_reaches_the_keys_of_its_window_alone() -> None:
+    q, k, v = qkv(Maker(torch.float32), 1, 20, 1, 4, 4)
+    k.requires_grad_()
+    o = OP.overload(q, k, v, 4, 0.3, 1, sliding=True, dropout_mode="weight")[0]
+    do = torch.ones_like(o)
+    do[0, 6] = math.inf
+    (dk,) = torch.autograd.grad(o, k, do)
+    assert torch.cat([dk[:, :3], dk[:, 7:]], 1).isfinite().all()
+
+
 def test_threads_change_no_bit() -> None:
     make = Maker(torch.float32)
     args = (*qkv(make, 1, 900, 2, 16, 24), 128, 0.2, 3, None, None, None, None, True)

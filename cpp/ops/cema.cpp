@@ -67,7 +67,8 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
     output_block<A, kAhead>(tables.row(d, n), states, of, sums, direct && n + of.group == N ? y : nullptr, args.D, past,
                             rest != 0, [&] { next.fetch(); });
   }
-  const int64_t done = !direct ? 0 : rest == 0 ? steps : TileStates{tiles, 0}.last() * kTile;
+  int64_t done = 0;
+  if (direct) done = rest == 0 ? steps : TileStates{tiles, kKept}.last() * kTile;
   unpack(sums + done * W, args.D, lanes, steps - done, past, y + done * args.D);
 }
 

@@ -280,7 +280,8 @@ inline void output_tiles(const A* table, const A* states, int64_t group, const A
 }
 
 // Of all tiles of a block, from sums [steps, W] to the same, or to out, `step` elements from step to step, where that
-// is given; `cut`: not the last ones. Calls after() now and then.
+// is given; `cut`: those from of.last() on stay in sums.
+// Calls after() now and then.
 template <class A, Direction kWay, class T, class After>
 inline void output_block(const A* table, const A* states, const TileStates& of, A* sums, T* out, int64_t step,
                          bool past, bool cut, After&& after) {

@@ -136,7 +136,10 @@ static inline ChunkAttentionTensors check_chunk_attention_inputs(
   args.H = H.size;
   args.S = S.size;
   args.E = E.size;
-  args.C = chunk_size;
+  // Without caches no token is further than L from any other. With them C is what fits in memory, unless rows are
+  // empty.
+  args.C = given ? chunk_size : std::min(chunk_size, std::max<int64_t>(args.sequences.length, 1));
+  c.require(args.C <= int64_t{1} << 40, "chunk_size", "at most 2^40 with caches", std::to_string(chunk_size));
   args.seed = seed;
   args.drop_below = static_cast<uint32_t>(std::floor(dropout_p * 4294967296.0));
   args.cached = given;

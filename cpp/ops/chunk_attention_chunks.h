@@ -53,7 +53,8 @@ static inline int64_t whole_chunks(const ChunkAttention& args) {
 }
 
 // One chunk of one sequence and head. Places 0 .. keys - 1 are its keys, first .. end - 1 its queries, of which the one
-// at place i sees the keys i - C < j <= i. Those below `cached` came before this call and are in the caches.
+// at place i sees the keys i - C < j <= i (not sliding, all j <= i: there are no more than C places). Those below
+// `cached` came before this call and are in the caches. But for blocks of keys, keys = end.
 struct Chunk {
   int32_t sequence, h;
   int64_t cached, first, keys, end;
@@ -142,7 +143,8 @@ struct Strips {
     int64_t place;  // of its first query, or key; there may be none
   };
   // A tile of queries and the strips of keys it may meet, from number `strip` on, whose first key has the place `key`.
-  // It is tile `index` of that strip and `index + n step` of the n-th one further.
+  // It is tile `index` of that strip and `index + n step` of the n-th one further: strips of a chunk count tiles of
+  // queries from its first one, those of windows from their own first key. The chunk has all places that follow.
   struct QueryTile {
     Chunk chunk;
     int64_t place, strip, key, index, step;
@@ -178,7 +180,7 @@ struct Strips {
     return strips;
   }
 
-  // Whether a tile of queries may meet strips of more than a run of `tiles` of them.
+  // Whether the strips that tiles of queries meet overlap, not being runs of `tiles` strips.
   constexpr bool overlap() const { return packed || sliding; }
 
   MEGALODON_HOST_DEVICE Strip at(const ChunkAttention& args, int64_t number) const {

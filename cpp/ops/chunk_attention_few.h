@@ -14,7 +14,8 @@ class FewKeys {
   static constexpr int64_t kMost = kPerWord<factor_t<T>> == 2 ? 5 : 8;  // beyond, tiles are faster (AMD Zen 4)
 
  public:
-  // Whether a chunk is one of these: its queries are seen by no other chunk and see all keys before them.
+  // Whether a chunk is one of these: no query of another chunk sees its keys, and its own see all before them. Such a
+  // chunk is one item, since tiles have at least 32 queries or keys.
   static bool are(const ChunkAttention& args, const Chunk& chunk) {
     return chunk.keys <= kMost && chunk.keys <= args.C && chunk.end == chunk.keys && args.drop_below == 0;
   }

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   const KeyRows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
   Tile tile;
   tile.clear();
-  multiply(tile, slabs, 0, args.S, operand_of<V, true>(queries, at.query, chunk.keys, 0, args.S),
+  multiply(tile, slabs, 0, args.S, operand_of<V, true>(queries, at.query, chunk.end, 0, args.S),
            operand_of<V, true>(keys, at.key, chunk.keys, 0, args.S));
   hide_keys(tile, args, at);
   const int64_t index = blockIdx.y * scratch.key_tiles + blockIdx.x;
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   SHARED(Out<T>, out);                                 // here the registers are those of the product
   const int64_t strip = round.count - 1 - blockIdx.y;  // of a chunk the longest rows first
   const auto [chunk, query] = round.at(args, strip);
-  if (query >= chunk.keys) return;
-  const int64_t end = query + kTile < chunk.keys ? query + kTile : chunk.keys;
+  if (query >= chunk.end) return;
+  const int64_t end = query + kTile < chunk.end ? query + kTile : chunk.end;
   if (threadIdx.x == 0) {
     out = {QueryRows<T>(args, chunk, static_cast<T*>(args.o), args.E).row(query), static_cast<int>(end - query)};
   }

@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
         const A p = widen(weights.v[i]);
         A& sum = tile.sum[r][c + i];
         if (args.drops_weights) {
-          sum = (p == 0 ? p : p * sum) - widen(all.v[i]) * D;
+          const A whole = widen(all.v[i]);
+          sum = whole == 0 ? whole : (p == 0 ? p : p * sum) - whole * D;
         } else {
           sum = p == 0 ? p : p * (sum - D);
         }
@@ -176,9 +177,16 @@ struct Queries {
   int64_t first, end;
   explicit Queries(const Round& round) {
     const auto& [strips, first_strip, count] = round;
-    const int64_t others = (strips.sliding ? strips.partners : strips.tiles) - 1;
-    first = strips.overlap() ? first_strip - others : first_strip / strips.tiles * strips.tiles;
-    end = strips.overlap() ? first_strip + count + others : round_up(first_strip + count, strips.tiles);
+    if (strips.sliding) {
+      first = first_strip;
+      end = first_strip + count + strips.partners - 1;
+    } else if (strips.packed) {
+      first = first_strip - (strips.tiles - 1);
+      end = first_strip + count + strips.tiles - 1;
+    } else {
+      first = first_strip / strips.tiles * strips.tiles;
+      end = round_up(first_strip + count, strips.tiles);
+    }
     first = first < 0 ? 0 : first;
     end = end < strips.count ? end : strips.count;
   }
