@@ -197,24 +197,25 @@ def test_many_segments(C: int) -> None:
 
 
 @given(
-    cuts=st.lists(st.integers(0, 90), max_size=4),
-    C=st.sampled_from([4, 32, 70] if BACKEND else [1, 4, 32, 70]),
+    cuts=st.lists(st.integers(0, 90), max_size=5),
+    C=st.sampled_from([1, 4, 7, 32, 70, 90, 200]),
     dropout_p=st.sampled_from([0.0, 0.4]),
+    sliding=st.booleans(),
 )
-def test_streams(cuts: list[int], C: int, dropout_p: float) -> None:
+def test_streams(cuts: list[int], C: int, dropout_p: float, sliding: bool) -> None:
     """f(a || b) = f(a) || f(b | state(a)), and the gradients; unwritten slots are never read."""
     leaves = [t.requires_grad_() for t in qkv(F64, 2, 90, 2, 4, 3)]
-    whole, whole_lse = OP.overload(*leaves, C, dropout_p, 3)
+    whole, whole_lse = OP.overload(*leaves, C, dropout_p, 3, sliding=sliding)
     ends = [0, *sorted(cuts), 90]
     outputs, lses = [], []
     for begin, end in pairwise(ends):
-        m = begin % C
+        first = max(0, begin - C) if sliding else begin - begin % C
         caches = [t.new_full((2, C, *t.shape[2:]), math.nan) for t in leaves[1:]]
         for cache, t in zip(caches, leaves[1:], strict=True):
-            cache[:, :m] = t[:, begin - m : begin]
+            cache[:, torch.arange(first, begin) % C] = t[:, first:begin]
         part = [t[:, begin:end] for t in leaves]
         position = torch.tensor([begin, begin])
-        o, lse = OP.overload(*part, C, dropout_p, 3, None, *caches, position)
+        o, lse = OP.overload(*part, C, dropout_p, 3, None, *caches, position, sliding)
         outputs.append(o)
         lses.append(lse)
     streamed = torch.cat(outputs, 1)

@@ -1,11 +1,10 @@
-"""chunk_attention by a sliding window: random shapes, tiles, streams of any split, threads.
+"""chunk_attention by a sliding window: random shapes, tiles, chunk sizes, threads.
 
 What differs from chunks is which keys a query sees, so DropKey, packed rows and caches are met
 here, and all else in test_chunk_attention.py.
 """
 
 import math
-from itertools import pairwise
 
 import packing
 import pytest
@@ -99,36 +98,6 @@ def test_packed_tiles(cached: bool, mode: str, dtype: torch.dtype) -> None:
     args = (*x, 90, 0.3, 5, make.bounds(*lengths), *caches, True, mode)
     check_forward(OP, args)
     check_gradients(OP, args)
-
-
-@given(
-    cuts=st.lists(st.integers(0, 90), max_size=5),
-    C=st.sampled_from([1, 7, 32, 90, 200]),
-    dropout_p=st.sampled_from([0.0, 0.4]),
-)
-def test_streams(cuts: list[int], C: int, dropout_p: float) -> None:
-    """f(a || b) = f(a) || f(b | state(a)), and the gradients; unwritten slots are never read."""
-    leaves = [t.requires_grad_() for t in qkv(Maker(F64), 2, 90, 2, 4, 3)]
-    whole, whole_lse = OP.overload(*leaves, C, dropout_p, 3, sliding=True)
-    outputs, lses = [], []
-    for begin, end in pairwise([0, *sorted(cuts), 90]):
-        caches = [t.new_full((2, C, *t.shape[2:]), math.nan) for t in leaves[1:]]
-        first = max(0, begin - C)
-        for cache, t in zip(caches, leaves[1:], strict=True):
-            cache[:, torch.arange(first, begin) % C] = t[:, first:begin]
-        part = [t[:, begin:end] for t in leaves]
-        position = torch.tensor([begin, begin])
-        o, lse = OP.overload(*part, C, dropout_p, 3, None, *caches, position, True)
-        outputs.append(o)
-        lses.append(lse)
-    streamed = torch.cat(outputs, 1)
-    torch.testing.assert_close(streamed, whole, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(torch.cat(lses, 2), whole_lse, rtol=1e-11, atol=1e-11)
-    weight = torch.arange(streamed.numel(), dtype=F64).sin().view_as(streamed)
-    got = torch.autograd.grad((streamed * weight).sum(), leaves)
-    want = torch.autograd.grad((whole * weight).sum(), leaves)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_a_window_beyond_all_tokens_is_causal_attention() -> None:
