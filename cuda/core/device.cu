@@ -14,6 +14,15 @@ void throw_cuda_error(const char* where, cudaError_t status) {
   throw Error{MEGALODON_RUNTIME_ERROR, text};
 }
 
+bool has_wgmma() {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (status != cudaSuccess) throw_cuda_error("has_wgmma", status);
+  return major == 9 && minor == 0;
+}
+
 }  // namespace cuda
 
 DeviceGuard::DeviceGuard(const Checker& checker, int device) : before_(device), device_(device) {

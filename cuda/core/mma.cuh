@@ -130,49 +130,22 @@ DEVICE void mma(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[
 #endif
 }
 
-// A tile (core/tile_product.cuh) by these instructions: 4 x 2 warps, each with a quarter of the rows and half of the
-// columns. Slabs lie in shared memory as they do outside; what is not contiguous along the depth is transposed on its
-// way to the registers.
-template <class T, int kSize>
-struct MmaTile {
+// The sums of a tile (core/tile_product.cuh) as these instructions hold them: a warp has kRows * 8 rows from
+// Tile::warp_row() and kColumns * 4 columns from Tile::warp_column() on.
+template <class Tile, int kRowsOfThread, int kColumnsOfThread>
+struct Fragments {
   using Sum = float;
-  using Weight = T;
-  static constexpr int kTile = kSize;
-  static constexpr int kDepth = 32;
-  static constexpr bool kCopies = true;
-  static constexpr int kWarpRows = kSize / 4, kWarpColumns = kSize / 2;
-  static constexpr int kRows = kWarpRows / 8, kColumns = kWarpColumns / 4, kRun = 2;
+  static constexpr int kRows = kRowsOfThread, kColumns = kColumnsOfThread, kRun = 2;
   static constexpr int kRowLanes = 4;
-  static constexpr int kRowColumns = kWarpColumns;
-  static constexpr int kPad = 8;  // the 8 rows of a matrix lie in different banks
-  static constexpr int kDepthStride = kDepth + kPad, kRowStride = kSize + kPad;
-  struct alignas(16) Slab {
-    T v[kSize * kDepthStride > kDepth* kRowStride ? kSize * kDepthStride : kDepth * kRowStride];
-  };
-  using Slabs = Slab[2][2];
+  static constexpr int kRowColumns = kColumns * 4;
 
   float sum[kRows][kColumns];
 
   static DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  static DEVICE int warp_row() { return static_cast<int>(threadIdx.x) / 64 * kWarpRows; }
-  static DEVICE int warp_column() { return static_cast<int>(threadIdx.x) / 32 % 2 * kWarpColumns; }
-  static DEVICE int row(int r) { return warp_row() + r * 8 + lane() / 4; }
-  static DEVICE int column(int c) { return warp_column() + c / 2 * 8 + lane() % 4 * 2 + c % 2; }
+  static DEVICE int row(int r) { return Tile::warp_row() + r * 8 + lane() / 4; }
+  static DEVICE int column(int c) { return Tile::warp_column() + c / 2 * 8 + lane() % 4 * 2 + c % 2; }
 
-  template <bool kAlongDepth>
-  static DEVICE int place(int row, int depth) {
-    return kAlongDepth ? row * kDepthStride + depth : depth * kRowStride + row;
-  }
-
-  template <bool kAlongDepth>
-  static DEVICE T* place_of(Slab& slab, int row, int depth) {
-    return slab.v + place<kAlongDepth>(row, depth);
-  }
-
-  template <bool kAlongDepth>
-  static DEVICE void put(Slab& slab, int row, int depth, const Pack<T, 8>& pack) {
-    store(place_of<kAlongDepth>(slab, row, depth), pack);
-  }
+  DEVICE void clear() { clear_sums(sum); }
 
   // put(row, column, pack) for all of the sums, as packs of neighbours in U. The whole warp calls it: of 16-bit numbers
   // the four lanes that share a row exchange pairs, so that each has 8 of one matrix to store at once.
@@ -196,7 +169,7 @@ struct MmaTile {
             const auto pair = bits_as<Pack<U, 2>>(w[i]);
             pack.v[2 * i] = pair.v[0], pack.v[2 * i + 1] = pair.v[1];
           }
-          put(row(r), warp_column() + (c / 2 + lane() % 4) * 8, pack);
+          put(row(r), Tile::warp_column() + lane() % 4 * 8 + c * 4, pack);
         }
       } else {
         UNROLL
@@ -209,6 +182,47 @@ struct MmaTile {
     const bool is_upper = (lane() & bit) != 0;
     const uint32_t taken = shuffle_xor(is_upper ? first : second, bit);
     (is_upper ? first : second) = taken;
+  }
+};
+
+// A tile by these instructions: 4 x 2 warps, each with a quarter of the rows and half of the columns. Slabs lie in
+// shared memory as they do outside; what is not contiguous along the depth is transposed on its way to the registers.
+template <class T, int kSize>
+struct MmaTile : Fragments<MmaTile<T, kSize>, kSize / 32, kSize / 8> {
+  using Base = Fragments<MmaTile<T, kSize>, kSize / 32, kSize / 8>;
+  using Base::kColumns, Base::kRows, Base::lane, Base::sum;
+  using Weight = T;
+  static constexpr int kTile = kSize, kTileColumns = kSize;
+  static constexpr int kDepth = 32;
+  static constexpr int kStages = 2, kLag = 0;
+  static constexpr bool kCopies = true;
+  static constexpr int kPad = 8;  // the 8 rows of a matrix lie in different banks
+  static constexpr int kDepthStride = kDepth + kPad, kRowStride = kSize + kPad;
+  struct alignas(16) Slab {
+    T v[kSize * kDepthStride > kDepth* kRowStride ? kSize * kDepthStride : kDepth * kRowStride];
+  };
+  struct Stage {
+    Slab a, b;
+  };
+
+  static DEVICE int warp_row() { return static_cast<int>(threadIdx.x) / 64 * (kSize / 4); }
+  static DEVICE int warp_column() { return static_cast<int>(threadIdx.x) / 32 % 2 * (kSize / 2); }
+  static DEVICE void publish() {}
+  DEVICE void finish() {}
+
+  template <bool kAlongDepth>
+  static DEVICE int place(int row, int depth) {
+    return kAlongDepth ? row * kDepthStride + depth : depth * kRowStride + row;
+  }
+
+  template <bool kAlongDepth>
+  static DEVICE T* place_of(Slab& slab, int row, int depth) {
+    return slab.v + place<kAlongDepth>(row, depth);
+  }
+
+  template <bool kAlongDepth>
+  static DEVICE void put(Slab& slab, int row, int depth, const Pack<T, 8>& pack) {
+    store(place_of<kAlongDepth>(slab, row, depth), pack);
   }
 
   template <bool kADepth, bool kBDepth>
@@ -241,8 +255,6 @@ struct MmaTile {
       }
     }
   }
-
-  DEVICE void clear() { clear_sums(sum); }
 };
 
 }  // namespace megalodon::cuda

@@ -37,10 +37,14 @@ DEVICE Pack<T, V> load(const T* from) {
 
 template <int V, class T>
 DEVICE void store(T* to, const Pack<T, V>& pack) {
-  if constexpr (V * sizeof(T) % 16 == 0) {
+  constexpr int kBytes = V * static_cast<int>(sizeof(T)), kStore = kBytes % 16 == 0 ? 16 : 8;
+  if constexpr (kBytes % kStore == 0 && sizeof(T) < kStore) {
+    using Word = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
     UNROLL
-    for (int i = 0; i < static_cast<int>(V * sizeof(T)) / 16; ++i) {
-      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(pack.v)[i];
+    for (int i = 0; i < kBytes; i += kStore) {
+      Word words[kStore / sizeof(Word)];
+      memcpy(words, reinterpret_cast<const char*>(pack.v) + i, sizeof words);
+      store_words(reinterpret_cast<char*>(to) + i, words);
     }
   } else {
     *reinterpret_cast<Pack<T, V>*>(to) = pack;

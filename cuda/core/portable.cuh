@@ -26,8 +26,8 @@
 // size the launch gave. A raw __shared__ could not be seen by the executor.
 #if MEGALODON_NVCC
 #define SHARED(type, name, ...) __shared__ type name __VA_ARGS__
-#define DYNAMIC_SHARED(type, name)                                       \
-  extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[]; \
+#define DYNAMIC_SHARED(type, name)                                        \
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_bytes[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared_bytes)
 #define UNROLL _Pragma("unroll")
 #define ROLL _Pragma("unroll 1")
@@ -56,6 +56,13 @@ struct LaunchConfig {
 
 #if MEGALODON_NVCC
 [[noreturn]] void throw_cuda_error(const char* where, cudaError_t status);  // core/device.cu
+#endif
+
+// Whether the current device has the instructions of core/wgmma.cuh, which are those of Hopper alone.
+#if MEGALODON_NVCC
+bool has_wgmma();  // core/device.cu
+#else
+inline bool has_wgmma() { return simt::has_wgmma(); }
 #endif
 
 // Runs kernel(args...) on the grid. On the GPU: asynchronously on the stream, nothing allocated, so that it can be
@@ -235,6 +242,34 @@ DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) {
   return atomicAdd(address, value);
 #else
   return simt::atomic_update(address, [=](uint32_t before) { return before + value; });
+#endif
+}
+
+// One store of 8 or 16 bytes, aligned to as many. Written as an assignment the compiler would take it apart wherever it
+// knows the words to be computed apart: four stores, each to a quarter of the bytes of every sector.
+DEVICE void store_words(void* to, const uint32_t (&words)[2]) {
+#if MEGALODON_NVCC
+  asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+#else
+  *static_cast<uint64_t*>(to) = words[0] | uint64_t{words[1]} << 32;
+#endif
+}
+
+DEVICE void store_words(void* to, const uint32_t (&words)[4]) {
+#if MEGALODON_NVCC
+  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+#endif
+}
+
+DEVICE void store_words(void* to, const uint64_t (&words)[2]) {
+#if MEGALODON_NVCC
+  asm volatile("st.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(words[0]), "l"(words[1]) : "memory");
+#else
+  store_words(to, {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[0] >> 32),
+                   static_cast<uint32_t>(words[1]), static_cast<uint32_t>(words[1] >> 32)});
 #endif
 }
 

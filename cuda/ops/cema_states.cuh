@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)  // 1: without it two registers are spilled around a call
     cema_adjoint_carry_kernel(CarryArgs<A> args, Parameters<A> parameters, int64_t D) {
   carry<A, 1, true>(args, parameters, D);
 }

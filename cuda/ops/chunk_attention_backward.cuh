@@ -71,40 +71,52 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
   using A = typename Tile::Sum;
   using Weight = typename Tile::Weight;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
-  using Slabs = typename Tile::Slabs;
-  SHARED(Slabs, slabs);
-  const auto [chunk, key] = round.at(args, blockIdx.y);
-  const ScoreTile at{chunk, (args.sliding ? key : chunk.first) + int64_t{blockIdx.x} * kTile, key};
-  if (!at.any(kTile, args.C)) return;
-  const QueryRows<const T> queries(args, chunk, static_cast<const T*>(args.q), args.S);
-  const KeyRows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
-  const QueryRows<const T> douts(args, chunk, static_cast<const T*>(args.dout), args.E);
-  const KeyRows<const T> values(args, chunk, static_cast<const T*>(args.v), static_cast<const T*>(args.v_cache),
-                                args.E);
+  DYNAMIC_SHARED(typename Tile::Stage, slabs);
+  SHARED(ScoreTile, place);  // here the registers are those of the products
+  {
+    const auto [chunk, key] = round.at(args, blockIdx.y);
+    const ScoreTile at{chunk, (args.sliding ? key : chunk.first) + int64_t{blockIdx.x} * kTile, key};
+    if (!at.any(kTile, args.C)) return;
+    if (threadIdx.x == 0) place = at;
+  }
+  sync_block();  // it is there
+  // Rows along n numbers each: what belongs to the queries by what belongs to the keys.
   Tile tile;
-  tile.clear();
-  multiply(tile, slabs, 0, args.S, operand_of<V, true>(queries, at.query, chunk.end, 0, args.S),
-           operand_of<V, true>(keys, at.key, chunk.keys, 0, args.S));
+  const auto set_product = [&](const void* of_queries, const void* of_keys, const void* cache, int64_t n) {
+    const ScoreTile at = place;
+    const QueryRows<const T> queries(args, at.chunk, static_cast<const T*>(of_queries), n);
+    const KeyRows<const T> keys(args, at.chunk, static_cast<const T*>(of_keys), static_cast<const T*>(cache), n);
+    tile.clear();
+    multiply(tile, slabs, 0, n, operand_of<V, true>(queries, at.query, at.chunk.end, 0, n),
+             operand_of<V, true>(keys, at.key, at.chunk.keys, 0, n));
+  };
+  set_product(args.q, args.k, args.k_cache, args.S);
+  const ScoreTile at = place;
   hide_keys(tile, args, at);
   const A infinity = static_cast<A>(INFINITY);
-  const int64_t statistics = chunk.statistic + at.query;
-  const int64_t rows = chunk.end - at.query;
+  const auto statistic_of = [&](const A* statistics, int row, A none) {
+    const int64_t query = place.query + row;
+    return query < place.chunk.end ? statistics[place.chunk.statistic + query] : none;
+  };
   UNROLL
   for (int r = 0; r < Tile::kRows; ++r) {
     const int row = Tile::row(r);
-    A shift = row < rows ? static_cast<const A*>(args.lse)[statistics + row] : infinity;
+    A shift = statistic_of(static_cast<const A*>(args.lse), row, infinity);
     if (shift == -infinity) shift = infinity;  // a query without keys
     UNROLL
     for (int c = 0; c < Tile::kColumns; ++c) {
-      const A score = tile.sum[r][c];
-      tile.sum[r][c] = score == -infinity ? A(0) : exp(score - shift);
+      const A score = tile.sum[r][c], weight = exp(score - shift);
+      tile.sum[r][c] = score == -infinity ? A(0) : weight;
     }
   }
-  const int64_t offset = (blockIdx.y * scratch.query_tiles + blockIdx.x) * kTile * kTile;
-  Weight* P = scratch.P + offset;
-  Weight* dS = scratch.dS + offset;
+  const auto tile_of = [&](Weight* tiles) {  // found anew each time: registers
+    return tiles + (anew(blockIdx.y) * scratch.query_tiles + blockIdx.x) * kTile * kTile;
+  };
+  const auto put_tile = [&](Weight* to) {
+    tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(to + r * kTile + c, pack); });
+  };
   if (args.drops_weights) {  // all of them are needed once more, where dS will be
-    tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(dS + r * kTile + c, pack); });
+    put_tile(tile_of(scratch.dS));
     set_dropped(tile, args, at, A(0));
     UNROLL
     for (int r = 0; r < Tile::kRows; ++r) {
@@ -112,49 +124,52 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       for (int c = 0; c < Tile::kColumns; ++c) tile.sum[r][c] *= static_cast<A>(args.kept_scale);
     }
   }
-  tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(P + r * kTile + c, pack); });
+  put_tile(tile_of(scratch.P));
   sync_warp();  // the weights are there: lanes that share a row have stored each other's
-  tile.clear();
-  multiply(tile, slabs, 0, args.E, operand_of<V, true>(douts, at.query, chunk.end, 0, args.E),
-           operand_of<V, true>(values, at.key, chunk.keys, 0, args.E));
-  UNROLL
-  for (int r = 0; r < Tile::kRows; ++r) {
-    const int row = Tile::row(r);
-    const A D = row < rows ? scratch.D[statistics + row] : A(0);
+  set_product(args.dout, args.v, args.v_cache, args.E);
+  // f(sum, weight, D, whole): where weights are dropped, whole is the weight before that. Back from memory, since the
+  // registers had to hold the second product.
+  const auto for_weights = [&](auto drops, auto&& f) {
+    const Weight* const P = tile_of(scratch.P);
+    const Weight* const dS = tile_of(scratch.dS);
     UNROLL
-    for (int c = 0; c < Tile::kColumns; c += Tile::kRun) {
-      // Back from memory: the registers had to hold the second product.
-      const auto weights = load<Tile::kRun>(P + row * kTile + Tile::column(c));
-      const auto all = args.drops_weights ? load<Tile::kRun>(dS + row * kTile + Tile::column(c)) : weights;
+    for (int r = 0; r < Tile::kRows; ++r) {
+      const int row = Tile::row(r);
+      const A D = statistic_of(scratch.D, row, A(0));
       UNROLL
-      for (int i = 0; i < Tile::kRun; ++i) {
-        const A p = widen(weights.v[i]);
-        A& sum = tile.sum[r][c + i];
-        if (args.drops_weights) {
-          const A whole = widen(all.v[i]);
-          sum = whole == 0 ? whole : (p == 0 ? p : p * sum) - whole * D;
-        } else {
-          sum = p == 0 ? p : p * (sum - D);
+      for (int c = 0; c < Tile::kColumns; c += Tile::kRun) {
+        const auto weights = load<Tile::kRun>(P + row * kTile + Tile::column(c));
+        Pack<Weight, Tile::kRun> whole{};
+        if constexpr (decltype(drops)::value) whole = load<Tile::kRun>(dS + row * kTile + Tile::column(c));
+        UNROLL
+        for (int i = 0; i < Tile::kRun; ++i) {
+          f(tile.sum[r][c + i], widen(weights.v[i]), D, widen(whole.v[i]));
         }
       }
     }
+  };
+  if (args.drops_weights) {
+    for_weights(std::true_type{}, [](A& sum, A weight, A D, A whole) {
+      sum = whole == 0 ? whole : (weight == 0 ? weight : weight * sum) - whole * D;
+    });
+  } else {
+    for_weights(std::false_type{}, [](A& sum, A weight, A D, A) { sum = weight == 0 ? weight : weight * (sum - D); });
   }
   sync_warp();  // all weights are read: lanes that share a row store over each other's
-  tile.template for_packs<Weight>([&](int r, int c, const auto& pack) { store(dS + r * kTile + c, pack); });
+  put_tile(tile_of(scratch.dS));
 }
 
-// Block (tile of columns of dv, then of dk; strip).
-template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
+// Block (tile of columns of dv, then of dk; strip). Product: their tile, whose rows are those of Tile, the scores'.
+template <class T, class Tile, class Product, bool kPacked>
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, Product, kPacked>)
     chunk_attention_dkv_kernel(ChunkAttentionBackward args, Round round, BackwardScratch<Tile> scratch) {
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
-  using Slabs = typename Tile::Slabs;
-  SHARED(Slabs, slabs);
+  DYNAMIC_SHARED(typename Product::Stage, slabs);
   const auto [chunk, key] = round.at(args, blockIdx.y);
   if (key >= chunk.keys || chunk.queries() == 0) return;
-  const int64_t value_tiles = ceil_div(args.E, kTile);
+  const int64_t value_tiles = ceil_div(args.E, Product::kTileColumns);
   const bool is_value = blockIdx.x < value_tiles;
-  const int64_t column = (is_value ? blockIdx.x : blockIdx.x - value_tiles) * kTile,
+  const int64_t column = (is_value ? blockIdx.x : blockIdx.x - value_tiles) * Product::kTileColumns,
                 columns = is_value ? args.E : args.S;
   const QueryRows<const T> rows(args, chunk, static_cast<const T*>(is_value ? args.dout : args.q), columns);
   // The first query's tile; sliding, those before it have none.
@@ -163,7 +178,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
       (is_value ? scratch.P : scratch.dS) + (blockIdx.y * scratch.query_tiles + first) * kTile * kTile, kTile * kTile};
   // From the tile of the first query that sees a key.
   const int64_t begin = key <= chunk.first ? 0 : (key - chunk.first) / kTile * kTile;
-  Tile tile;
+  Product tile;
   tile.clear();
   multiply(tile, slabs, begin, chunk.queries(), weights,
            operand_of<V, false>(rows, chunk.first, chunk.end, column, columns));
@@ -192,14 +207,13 @@ struct Queries {
   }
 };
 
-// Block (query tile, tile of columns of dq).
-template <class T, class Tile, bool kPacked>
-__global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, Tile, kPacked> : 1)
+// Block (query tile, tile of columns of dq), likewise.
+template <class T, class Tile, class Product, bool kPacked>
+__global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, Product, kPacked> : 1)
     chunk_attention_dq_kernel(ChunkAttentionBackward args, Round round, Queries tiles, BackwardScratch<Tile> scratch) {
   using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
-  using Slabs = typename Tile::Slabs;
-  SHARED(Slabs, slabs);
+  DYNAMIC_SHARED(typename Product::Stage, slabs);
   const int64_t number = tiles.end - 1 - blockIdx.x;  // of a chunk the longest rows first
   const auto [chunk, query, first_strip, first_key, index, step] = round.strips.queries_at(args, number);
   if (query < chunk.first || query >= chunk.end) return;
@@ -210,23 +224,23 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, T
   const int64_t round_end = first_key + (round.first + round.count - first_strip) * kTile;
   const int64_t end = round_end < queries_end ? round_end : queries_end;
   if (key >= end) return;
-  const int64_t column = int64_t{blockIdx.y} * kTile;
+  const int64_t column = int64_t{blockIdx.y} * Product::kTileColumns;
   const int64_t strip = first_strip + skipped - round.first;
   const WeightsOperand<Tile, true> weights{
       scratch.dS + (strip * scratch.query_tiles + index + skipped * step) * kTile * kTile,
       (scratch.query_tiles + step) * kTile * kTile};
   const KeyRows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
-  Tile tile;
+  Product tile;
   tile.clear();
   multiply(tile, slabs, 0, end - key, weights, operand_of<V, false>(keys, key, chunk.keys, column, args.S));
   const QueryRows<A> sums(args, chunk, scratch.dq, args.S);  // used where a chunk takes several rounds
   if (skipped > 0) {                                         // what earlier rounds have summed
     UNROLL
-    for (int r = 0; r < Tile::kRows; ++r) {
-      const int64_t place = query + Tile::row(r);
+    for (int r = 0; r < Product::kRows; ++r) {
+      const int64_t place = query + Product::row(r);
       UNROLL
-      for (int c = 0; c < Tile::kColumns; ++c) {
-        const int64_t s = column + Tile::column(c);
+      for (int c = 0; c < Product::kColumns; ++c) {
+        const int64_t s = column + Product::column(c);
         if (place < queries_end && s < args.S) tile.sum[r][c] += sums.row(place)[s];
       }
     }
@@ -239,7 +253,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, T
   }
 }
 
-template <class T, class Tile, bool kPacked>
+template <class T, class Tile, class Product, bool kPacked>
 void backward(const ChunkAttentionBackward& args, void* stream) {
   constexpr int V = kPacked ? kPackOf<T> : 1;
   const BackwardScratch<Tile> scratch(args);
@@ -249,22 +263,22 @@ void backward(const ChunkAttentionBackward& args, void* stream) {
          chunk_attention_dot_kernel<T, V>, static_cast<const T*>(args.dout), static_cast<const T*>(args.o), scratch.D,
          args.sequences.tokens(), args.sequences.length, args.H, args.E);
   const auto query_tiles = static_cast<unsigned>(scratch.query_tiles);
-  const auto key_columns = static_cast<unsigned>(ceil_div(args.S, Tile::kTile));
-  const auto columns = static_cast<unsigned>(ceil_div(args.E, Tile::kTile)) + key_columns;
+  const auto key_columns = static_cast<unsigned>(ceil_div(args.S, Product::kTileColumns));
+  const auto columns = static_cast<unsigned>(ceil_div(args.E, Product::kTileColumns)) + key_columns;
   for_rounds(Strips::of(args, Tile::kTile, true), scratch.strips, [&](const Round& round) {
     const auto y = static_cast<unsigned>(round.count);
     const dim3 block(kTileThreads);
-    launch({"chunk_attention_weigh_backward", dim3(query_tiles, y), block, 0, stream},
+    launch({"chunk_attention_weigh_backward", dim3(query_tiles, y), block, kSlabBytes<Tile>, stream},
            chunk_attention_weigh_backward_kernel<T, Tile, kPacked>, args, round, scratch);
     if (columns > 0) {
-      launch({"chunk_attention_dkv", dim3(columns, y), block, 0, stream}, chunk_attention_dkv_kernel<T, Tile, kPacked>,
-             args, round, scratch);
+      launch({"chunk_attention_dkv", dim3(columns, y), block, kSlabBytes<Product>, stream},
+             chunk_attention_dkv_kernel<T, Tile, Product, kPacked>, args, round, scratch);
     }
     if (key_columns > 0) {
       const Queries queries(round);
       const auto x = static_cast<unsigned>(queries.end - queries.first);
-      launch({"chunk_attention_dq", dim3(x, key_columns), block, 0, stream},
-             chunk_attention_dq_kernel<T, Tile, kPacked>, args, round, queries, scratch);
+      launch({"chunk_attention_dq", dim3(x, key_columns), block, kSlabBytes<Product>, stream},
+             chunk_attention_dq_kernel<T, Tile, Product, kPacked>, args, round, queries, scratch);
     }
   });
 }

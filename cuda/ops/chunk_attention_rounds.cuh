@@ -35,7 +35,8 @@ constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // Of a kernel side by side on a multiprocessor: 2 where registers for that are not too few.
 template <class T, class Tile, bool kPacked>
-constexpr int kBlocks = kPacked && sizeof(T) < 8 && (Tile::kTile == 64 || sizeof(T) == 2) ? 2 : 1;
+constexpr int kBlocks =
+    kPacked && sizeof(T) < 8 && (Tile::kTile == 64 || sizeof(T) == 2) && Tile::kTileColumns <= 128 ? 2 : 1;
 
 char* aligned(void* workspace) {
   return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(workspace), kAlignment));

@@ -108,6 +108,8 @@ void exit_thread(Thread& thread) {
   if (overflowed(thread.fiber)) fail("stack overflow");
   Block& block = *thread.block;
   Warp& warp = *thread.warp;
+  if (has_products_in_flight(warp)) fail("the warp exits before it has waited for its matrix products");
+  if (block.live == 1 && !warpgroups_agree(block)) fail("the warps of a warpgroup have not issued the same wgmma");
   thread.state = State::kDone;
   --block.live;
   warp.live &= ~(1u << thread.lane);
@@ -158,6 +160,7 @@ void start_block(uint32_t slot, uint64_t number) {
   block.waiting = 0;
   block.epoch = 1;
   block.known.clear();
+  block.wgmmas.clear();
   block.arena = executor.arenas + slot * kArenaBytes;
   reset_shared(block);
   block.threads.resize(count);
@@ -168,6 +171,9 @@ void start_block(uint32_t slot, uint64_t number) {
     warp.live = 0;
     warp.epoch = 1;
     warp.known.clear();
+    warp.groups.clear();
+    warp.sums.clear();
+    warp.wgmmas = 0;
   }
   for (uint32_t i = 0; i < count; ++i) {
     Thread& thread = block.threads[i];

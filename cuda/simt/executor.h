@@ -30,6 +30,18 @@ struct AsyncCopy {
   int source_bytes;
 };
 
+struct IssuedWgmma {
+  Wgmma instruction;
+  float* sums;  // of lane 0
+};
+
+// Registers that products in flight are added to.
+struct WarpSums {
+  float* registers[32];
+  std::vector<float> values;  // of all lanes, one after another
+  int in_flight;
+};
+
 struct Block;
 struct Warp;
 
@@ -54,6 +66,7 @@ struct Thread {
   std::vector<std::vector<AsyncCopy>> copies;
   // Race detector.
   uint32_t clock;
+  uint16_t proxy_fences;
   Knowledge known, pending, released;
 };
 
@@ -63,6 +76,11 @@ struct Warp {
   Thread* lanes[32];
   uint32_t epoch;
   Knowledge known;
+  // Matrix instructions of the warpgroup: groups in flight, oldest first, the last not committed yet; their sums; how
+  // many have been issued.
+  std::vector<std::vector<IssuedWgmma>> groups;
+  std::vector<WarpSums> sums;
+  size_t wgmmas;
 };
 
 struct Block {
@@ -80,6 +98,7 @@ struct Block {
   std::vector<std::pair<const void*, char*>> variables;
   uint32_t epoch;  // barriers passed
   Knowledge known;
+  std::unordered_map<uint32_t, std::vector<Wgmma>> wgmmas;  // all that its warpgroups have issued
 };
 
 enum class Order { kForward, kReverse, kRandom, kLockstep };
@@ -123,6 +142,10 @@ void reset_shared(Block& block);
 void release_shared();
 bool has_copies_in_flight(const Thread& thread);
 
+// Matrix instructions of warpgroups (wgmma.cpp).
+bool has_products_in_flight(const Warp& warp);
+bool warpgroups_agree(const Block& block);
+
 // The race detector (race.cpp); all of it is empty in the other builds.
 void race_begin_launch();
 void race_begin_thread(Thread& thread);
@@ -130,5 +153,7 @@ void race_barrier(Block& block);
 void race_warp_sync(Warp& warp, uint32_t mask);
 void race_read(const void* address, size_t bytes);
 void race_write(const void* address, size_t bytes);
+// By wgmma: what the writer has not fenced it does not see.
+void race_read_async(const void* address, size_t bytes);
 
 }  // namespace megalodon::simt

@@ -35,6 +35,7 @@ struct Access {
   uint32_t clock;  // of the thread
   uint16_t thread, warp;
   bool atomic;
+  uint16_t proxy_fences;  // that the thread had made
   const void* code;
 };
 
@@ -87,6 +88,7 @@ Access access_of(const Thread& thread, bool atomic, const void* code) {
           static_cast<uint16_t>(thread.linear),
           static_cast<uint16_t>(thread.warp->index),
           atomic,
+          thread.proxy_fences,
           code};
 }
 
@@ -172,6 +174,7 @@ void race_begin_launch() {
 
 void race_begin_thread(Thread& thread) {
   thread.clock = 1;
+  thread.proxy_fences = 0;
   thread.known.clear();
   thread.pending.clear();
   thread.released.clear();
@@ -200,6 +203,20 @@ void race_warp_sync(Warp& warp, uint32_t mask) {
 
 void race_read(const void* address, size_t bytes) { note(address, bytes, false, false, __builtin_return_address(0)); }
 void race_write(const void* address, size_t bytes) { note(address, bytes, true, false, __builtin_return_address(0)); }
+
+void race_read_async(const void* address, size_t bytes) {
+  note(address, bytes, false, false, __builtin_return_address(0));
+  const Block& block = *executor.current->block;
+  for (size_t i = 0; i < bytes; i += kCellBytes) {
+    const Access& write = cell_of(reinterpret_cast<uintptr_t>(address) + i)->write;
+    if (block.threads[write.thread].proxy_fences == write.proxy_fences) {
+      fail("wgmma reads what thread %u has written (code at %s) and not made visible by fence_async_proxy",
+           write.thread, place_of(write.code).c_str());
+    }
+  }
+}
+
+void fence_async_proxy() { ++executor.current->proxy_fences; }
 
 void on_fence() {
   Thread& thread = *executor.current;
@@ -263,6 +280,8 @@ void race_barrier(Block&) {}
 void race_warp_sync(Warp&, uint32_t) {}
 void race_read(const void*, size_t) {}
 void race_write(const void*, size_t) {}
+void race_read_async(const void*, size_t) {}
+void fence_async_proxy() {}
 void on_fence() {}
 void on_atomic(const void*, int, bool, bool writes, bool, bool) {
   if (writes) executor.idle_spins = 0;

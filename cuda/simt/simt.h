@@ -50,6 +50,9 @@ struct Launch {
   size_t shared_bytes;  // of dynamic shared memory
 };
 
+// Whether the GPU that the executor stands for is a Hopper: MEGALODON_SIMT_ARCHITECTURE = 90 (default) or 80.
+bool has_wgmma();
+
 // Runs `body` once per thread of the grid; returns when all are done. Throws std::runtime_error on a mistake.
 void run(const Launch& launch, const std::function<void()>& body);
 
@@ -67,7 +70,18 @@ extern Builtins builtins;
 void block_barrier(Site site);
 
 // The lanes of `mask` meet; `combine` then runs once, on the operands of all of them (nullptr where a lane is absent).
-enum class WarpOp { kSync, kShuffle, kShuffleXor, kShuffleUp, kShuffleDown, kBallot, kMatrix };
+enum class WarpOp {
+  kSync,
+  kShuffle,
+  kShuffleXor,
+  kShuffleUp,
+  kShuffleDown,
+  kBallot,
+  kMatrix,
+  kWgmma,
+  kWgmmaCommit,
+  kWgmmaWait
+};
 using Combine = void (*)(void* const operands[32], uint32_t mask, uint32_t live);
 void warp_meet(uint32_t mask, WarpOp op, void* operand, Combine combine, Site site);
 uint32_t lane();
@@ -103,6 +117,27 @@ MEGALODON_SIMT_UNTRACED T shuffle(uint32_t mask, WarpOp op, T value, int source,
 }
 
 uint32_t ballot(uint32_t mask, bool predicate, Site site);
+
+// ---- matrix instructions of a warpgroup -----------------------------------------------------------------------------
+
+struct Wgmma {
+  float (*widen)(uint16_t bits);
+  int columns;
+  bool transposed_a, transposed_b;
+  uint64_t a, b;  // descriptors
+  bool operator==(const Wgmma& other) const {
+    return widen == other.widen && columns == other.columns && transposed_a == other.transposed_a &&
+           transposed_b == other.transposed_b && a == other.a && b == other.b;
+  }
+};
+
+// sums, [2][columns / 4] of each lane, += a b, when it is waited for; until then they hold NaN.
+void wgmma(const Wgmma& instruction, float* sums, Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int groups_left, Site site);
+// What this thread has written to shared memory wgmma may read, after a barrier.
+void fence_async_proxy();
+uint32_t shared_address(const void* shared);
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from backend import ROOT, SIMT_BUILD
 from conformance import make_vectors
-from conformance.check import VECTORS, by_program, check, mistakes
+from conformance.check import VECTORS, all_vectors, by_program, check, mistakes
 
 BUILDS = ("plain", "asan", "race")
 ARCHITECTURES = ("80", "90a")
@@ -24,15 +24,23 @@ def test_the_committed_vectors_are_those_of_the_fragment_tables() -> None:
     )
 
 
+def wrappers_of(header: str) -> set[str]:
+    """The functions with a matrix instruction in them."""
+    code = (ROOT / "cuda/core" / header).read_text()
+    pieces = re.split(r"^(?=(?:template <[^>]*>\n)?DEVICE \w+ \w+\()", code, flags=re.MULTILINE)
+    instruction = r'"(mma\.sync|ldmatrix\.sync)|MEGALODON_WGMMA_128\("'
+    return {re.search(r"DEVICE \w+ (\w+)", p)[1] for p in pieces if re.search(instruction, p)}
+
+
 def test_every_wrapper_has_vectors() -> None:
-    """Each function of mma.cuh with an asm, for each value of its template argument."""
+    """Each function with a matrix instruction, for each value of its template arguments."""
+    names = list(all_vectors())
+    wrappers = wrappers_of("mma.cuh") | wrappers_of("wgmma.cuh")
+    assert wrappers == {name.split("<")[0] for name in names} == {"load_matrices", "mma", "wgmma"}
     code = (ROOT / "cuda/core/mma.cuh").read_text()
-    pieces = re.split(r"^(?=template <[^>]*>\nDEVICE void \w+\()", code, flags=re.MULTILINE)
-    wrappers = {re.search(r"DEVICE void (\w+)", p)[1] for p in pieces if "asm volatile" in p}
-    of = {name.split("<")[0] for name in json.loads(VECTORS.read_text())}
-    assert wrappers == of
-    instructions = re.findall(r'"(mma\.sync|ldmatrix\.sync|wgmma\.mma_async)[\w.]*', code)
+    instructions = re.findall(r'"(mma\.sync|ldmatrix\.sync)[\w.]*', code)
     assert len(instructions) == len(json.loads(VECTORS.read_text()))
+    assert len([n for n in names if n.startswith("wgmma")]) == 2 * 2 * 2 * 2
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -40,7 +48,9 @@ def test_the_executors_instructions(build: str) -> None:
     program = SIMT_BUILD / f"simt_conformance_{build}"
     if not program.is_file():
         pytest.skip(f"{program} is not built (make test-simt)")
-    assert not any(check(by_program(program)).values())
+    found = check(by_program(program))
+    assert not any(found.values())
+    assert set(found) == set(all_vectors())
 
 
 def answer(wrapper: str) -> list[list[int]]:
@@ -95,7 +105,7 @@ def gpu_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on the PATH")
-    program = tmp_path_factory.mktemp("conformance") / "program"
+    folder = tmp_path_factory.mktemp("conformance")
     command = [
         nvcc,
         "-std=c++17",
@@ -104,10 +114,15 @@ def gpu_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"-I{ROOT}/cpp",
         f"-I{ROOT}/cuda",
     ]
-    command += ['-DMEGALODON_CUDA_ARCHITECTURES="80 90a"', "-o", str(program)]
-    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    command += [f"{ROOT}/tests/conformance/program.cu", f"{ROOT}/cuda/core/device.cu"]
-    subprocess.run(command, check=True)
+    command.append('-DMEGALODON_CUDA_ARCHITECTURES="80 90a"')
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    source, hopper = ROOT / "tests/conformance", folder / "wgmma.o"
+    subprocess.run(
+        [*command, code[-1], "-c", f"{source}/program_wgmma.cu", "-o", hopper], check=True
+    )
+    program = folder / "program"
+    files = [f"{source}/program.cu", f"{ROOT}/cuda/core/device.cu", hopper]
+    subprocess.run([*command, *code, *files, "-o", program], check=True)
     return program
 
 

@@ -4,6 +4,7 @@
 
 #include "core/mma.cuh"
 #include "core/portable.cuh"
+#include "core/wgmma.cuh"
 #include "kernels.h"
 
 namespace megalodon::cuda {
@@ -225,6 +226,52 @@ __global__ void matrix_product_kernel(const float* a, const float* b, float* pro
   }
 }
 
+// ---- a product by a warpgroup, in two slabs of depths through one buffer --------------------------------------------
+
+template <Bug kBug>
+__global__ void warpgroup_product_kernel(const float* a, const float* b, float* product) {
+  constexpr int kDepths = 64, kRows = 64, kColumns = 128;
+  struct alignas(1024) Slab {
+    bf16 a[kRows * kDepths], b[kColumns * kDepths];
+  };
+  DYNAMIC_SHARED(Slab, slab);
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto put = [&](bf16* to, const float* from, int rows, int depth) {
+    for (int i = thread; i < rows * kDepths; i += kThreads) {
+      const int row = i / kDepths, d = i % kDepths;
+      to[row * kDepths + (d / 8 ^ row % 8) * 8 + d % 8] = narrow<bf16>(from[row * 2 * kDepths + depth + d]);
+    }
+  };
+  float sum[2][kColumns / 4] = {};
+  for (int depth = 0; depth < 2 * kDepths; depth += kDepths) {
+    put(slab->a, a, kRows, depth);
+    put(slab->b, b, kColumns, depth);
+    if (kBug == Bug::kOverwrittenOperand && depth > 0) wgmma_wait<0>();
+    if (kBug != Bug::kMissingProxyFence) fence_async_proxy();
+    if (kBug != Bug::kMissingBarrier) sync_block();  // the slab is there
+    uint64_t of_a = matrix_descriptor(slab->a, 0, 1024), of_b = matrix_descriptor(slab->b, 0, 1024);
+    if (kBug == Bug::kMismatchedOperations && thread >= 32) of_a += 2;
+    wgmma_fence();
+    for (int i = 0; i < kDepths / 16; ++i, of_a += 2, of_b += 2) wgmma<bf16, 0, 0>(sum, of_a, of_b);
+    wgmma_commit();
+    if (kBug == Bug::kMissingWgmmaWait && depth > 0) return;
+    if (kBug == Bug::kEarlySums && depth > 0) break;
+    if (kBug != Bug::kOverwrittenOperand) wgmma_wait<0>();
+    sync_block();  // it has been read
+  }
+  const auto write = [&] {
+    for (int r = 0; r < 2; ++r) {
+      for (int c = 0; c < kColumns / 4; ++c) {
+        product[(thread / 32 * 16 + r * 8 + thread % 32 / 4) * kColumns + c / 2 * 8 + thread % 4 * 2 + c % 2] =
+            sum[r][c];
+      }
+    }
+  };
+  if (kBug == Bug::kEarlySums) write();
+  wgmma_wait<0>();
+  if (kBug != Bug::kEarlySums) write();
+}
+
 // ---- waits that never end -------------------------------------------------------------------------------------------
 
 __global__ void deadlock_kernel(float* y) {
@@ -294,6 +341,14 @@ void matrix_product(Bug bug, const float* a, const float* b, float* products) {
   with_bug<Bug::kNone, Bug::kSwappedFragments, Bug::kDivergentMatrix, Bug::kMissingSyncWarp>(bug, [&](auto kBug) {
     launch({"matrix_product", dim3(1), dim3(32)}, matrix_product_kernel<kBug(), bf16>, a, b, products);
     launch({"matrix_product", dim3(1), dim3(32)}, matrix_product_kernel<kBug(), f16>, a, b, products + 512);
+  });
+}
+
+void warpgroup_product(Bug bug, const float* a, const float* b, float* product) {
+  with_bug<Bug::kNone, Bug::kMissingProxyFence, Bug::kMissingBarrier, Bug::kMismatchedOperations,
+           Bug::kMissingWgmmaWait, Bug::kEarlySums, Bug::kOverwrittenOperand>(bug, [&](auto kBug) {
+    launch({"warpgroup_product", dim3(1), dim3(kThreads), 192 * 64 * 2}, warpgroup_product_kernel<kBug()>, a, b,
+           product);
   });
 }
 

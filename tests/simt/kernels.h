@@ -25,6 +25,10 @@ enum class Bug {
   kGlobalOutOfBounds,
   kMissingRelease,
   kShortAsyncWait,
+  kMissingProxyFence,
+  kMissingWgmmaWait,
+  kEarlySums,
+  kOverwrittenOperand,
 };
 
 void row_sum(Bug bug, const float* x, float* sums, float* scaled, int rows, int columns);
@@ -36,6 +40,8 @@ void last_block(Bug bug, const float* x, float* partial, uint32_t* done, float* 
 void load_matrices(const uint16_t* matrices, uint32_t* taken);
 // a [16, 16] and b [16, 8], bf16 -> a b [4][16][8]: each of the two given with its depth contiguous or not.
 void matrix_product(Bug bug, const float* a, const float* b, float* products);
+// a [64, 128] and b [128, 128], rows and columns along the depth, bf16 -> a b [64, 128].
+void warpgroup_product(Bug bug, const float* a, const float* b, float* product);
 void waits(Bug bug, const float* x, float* y);
 
 }  // namespace megalodon::cuda

@@ -121,9 +121,28 @@ bool matrix_product(Bug bug) {
   return right;
 }
 
-const std::map<std::string, std::function<bool(Bug)>> kKernels = {
-    {"row_sum", row_sum},       {"scan", scan},   {"pipeline", pipeline},           {"reverse", reverse},
-    {"last_block", last_block}, {"waits", waits}, {"load_matrices", load_matrices}, {"matrix_product", matrix_product}};
+bool warpgroup_product(Bug bug) {
+  const std::vector<float> a = numbers(64 * 128), b = numbers(128 * 128);
+  std::vector<float> product(64 * 128, kNan);
+  megalodon::cuda::warpgroup_product(bug, a.data(), b.data(), product.data());
+  bool right = true;
+  for (int i = 0; i < 64 * 128; ++i) {
+    float sum = 0;
+    for (int d = 0; d < 128; ++d) sum += a[i / 128 * 128 + d] * b[i % 128 * 128 + d];
+    right &= product[i] == sum;
+  }
+  return right;
+}
+
+const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", row_sum},
+                                                                  {"scan", scan},
+                                                                  {"pipeline", pipeline},
+                                                                  {"reverse", reverse},
+                                                                  {"last_block", last_block},
+                                                                  {"waits", waits},
+                                                                  {"load_matrices", load_matrices},
+                                                                  {"matrix_product", matrix_product},
+                                                                  {"warpgroup_product", warpgroup_product}};
 
 const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_mask", Bug::kMissingMask},
@@ -143,7 +162,11 @@ const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"mismatched_operations", Bug::kMismatchedOperations},
                                           {"global_out_of_bounds", Bug::kGlobalOutOfBounds},
                                           {"missing_release", Bug::kMissingRelease},
-                                          {"short_async_wait", Bug::kShortAsyncWait}};
+                                          {"short_async_wait", Bug::kShortAsyncWait},
+                                          {"missing_proxy_fence", Bug::kMissingProxyFence},
+                                          {"missing_wgmma_wait", Bug::kMissingWgmmaWait},
+                                          {"early_sums", Bug::kEarlySums},
+                                          {"overwritten_operand", Bug::kOverwrittenOperand}};
 
 }  // namespace
 

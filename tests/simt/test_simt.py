@@ -47,6 +47,16 @@ SEEDED = {
         "wrong",
         "shared memory that nobody has written",
     ),
+    ("warpgroup_product", "missing_proxy_fence"): ("", "", "not made visible by fence_async_proxy"),
+    ("warpgroup_product", "missing_barrier"): (
+        "wrong",
+        "wrong",
+        "shared memory that nobody has written",
+    ),
+    ("warpgroup_product", "mismatched_operations"): ("have different operands",) * 3,
+    ("warpgroup_product", "missing_wgmma_wait"): ("has waited for its matrix products",) * 3,
+    ("warpgroup_product", "early_sums"): ("wrong",) * 3,
+    ("warpgroup_product", "overwritten_operand"): ("wrong", "wrong", "wgmma reads what thread"),
     ("waits", "deadlock"): ("DEADLOCK",) * 3,
     ("waits", "wrong_mask"): ("the calling lane 16 is not in the mask 0000ffff",) * 3,
 }
@@ -58,6 +68,7 @@ KERNELS = (
     "last_block",
     "load_matrices",
     "matrix_product",
+    "warpgroup_product",
     "waits",
 )
 

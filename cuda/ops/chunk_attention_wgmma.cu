@@ -1,0 +1,50 @@
+// chunk_attention by the matrix instructions of Hopper, sm_90a alone. Not yet run on a GPU.
+//
+// Computes  what chunk_attention.cu does, by the same kernels (chunk_attention_forward.cuh, _backward.cuh).
+// Layout    as there; slabs in shared memory swizzled by 128 bytes, as wgmma reads them (core/wgmma.cuh).
+// Mapping   as there. Tiles of scores have 128 x 128, two blocks to a multiprocessor; tiles of o, dq, dk and dv 128 x
+// 256
+//           where rows are longer than 128, one block, 128 sums to a thread. Two warpgroups multiply what all 256
+//           threads copy (cp.async), 64 deep, while the next one or two slabs are on their way.
+// Traffic   as there. A tile of 128 x 256 reads 48 KB from L2 for 4.2 MFLOP: at 620 TFLOP/s 7 TB/s, which is about what
+// L2
+//           has. Slabs that blocks of a cluster share (TMA, multicast) would halve it.
+// Numerics  as there.
+// Limits    bfloat16 and float16, S and E in packs of 8, more than 64 queries in a chunk; else chunk_attention.cu.
+#include "core/wgmma.cuh"
+#include "ops/chunk_attention_backward.cuh"
+#include "ops/chunk_attention_forward.cuh"
+#include "ops/chunk_attention_wgmma.cuh"
+
+namespace megalodon::cuda {
+namespace {
+
+// Calls f(type of the numbers, tile of scores, tile of products), the latter as wide as rows of `columns` ask for.
+template <class F>
+void visit_tiles(DType dtype, int64_t columns, F&& f) {
+  const auto visit = [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Tile = WgmmaTile<T, 128>;
+    if (columns > 128) return f(tag, TypeTag<Tile>{}, TypeTag<WgmmaTile<T, 256>>{});
+    f(tag, TypeTag<Tile>{}, TypeTag<Tile>{});
+  };
+  dtype == DType::kBfloat16 ? visit(TypeTag<bf16>{}) : visit(TypeTag<f16>{});
+}
+
+}  // namespace
+
+void chunk_attention_wgmma_forward(const ChunkAttentionForward& args, void* stream) {
+  visit_tiles(args.dtype, args.E, [&](auto type, auto tile, auto product) {
+    forward<typename decltype(type)::type, typename decltype(tile)::type, typename decltype(product)::type, true>(
+        args, stream);
+  });
+}
+
+void chunk_attention_wgmma_backward(const ChunkAttentionBackward& args, void* stream) {
+  visit_tiles(args.dtype, args.E > args.S ? args.E : args.S, [&](auto type, auto tile, auto product) {
+    backward<typename decltype(type)::type, typename decltype(tile)::type, typename decltype(product)::type, true>(
+        args, stream);
+  });
+}
+
+}  // namespace megalodon::cuda

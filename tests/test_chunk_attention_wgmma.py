@@ -1,0 +1,77 @@
+"""chunk_attention of 16-bit numbers and more than 64 queries: on Hopper by its own instructions, on
+other GPUs by those of sm_80. In the executor both run, elsewhere what the machine has.
+"""
+
+import math
+
+import pytest
+import torch
+from backend import BACKEND
+from checks import check_forward, check_gradients
+from test_chunk_attention_sliding import OP, caches_of, qkv
+from torch import Tensor
+
+from megalodon_ops._library import Maker
+
+BF16, F16 = torch.bfloat16, torch.float16
+ARCHITECTURES = ("80", "90") if BACKEND.startswith("simt") else ("",)
+
+
+@pytest.fixture(params=ARCHITECTURES, autouse=True)
+def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setenv("MEGALODON_SIMT_ARCHITECTURE", request.param)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    ("L", "C", "S", "E"),
+    [
+        (65, 65, 8, 8),  # one query beyond the small tiles
+        (128, 128, 64, 128),  # whole tiles and slabs
+        (129, 300, 72, 136),  # a row, a pack of depths and one of columns beyond them
+        (150, 70, 8, 264),  # chunks that end inside a tile; two tiles of columns
+        (270, 270, 16, 24),  # three tiles of keys, several rounds
+        (130, 130, 136, 8),  # keys wider than values
+        (66, 66, 0, 16),
+    ],
+)
+def test_edges(L: int, C: int, S: int, E: int, dtype: torch.dtype) -> None:
+    args = (*qkv(Maker(dtype), 1, L, 1, S, E), C)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("mode", ["key", "weight"])
+@pytest.mark.parametrize("starts", [None, [0, 77, 500]])
+def test_packed_rows_with_caches_and_dropout(
+    starts: list[int] | None, mode: str, sliding: bool
+) -> None:
+    make, lengths, C = Maker(BF16), (140, 1, 90), 100
+    caches = caches_of(make, starts, C, 2, 8, 136)
+    x = qkv(make, 1, sum(lengths), 2, 8, 136)
+    args = (*x, C, 0.3, 5, make.bounds(*lengths), *caches, sliding, mode)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 4.0, 15.0, 1e3])
+def test_scores_of_any_size(scale: float, dtype: torch.dtype) -> None:
+    """Parts of a row whose weights are relative to the same power of two, and to others: scores up
+    to about 25, 90 and 6000, which rise from tile to tile.
+    """
+    q, k, v = qkv(Maker(dtype), 1, 270, 1, 8, 16)
+    k = k * torch.linspace(0.1, 1, 270, dtype=dtype)[None, :, None, None]
+    check_forward(OP, (q * scale, k, v, 270))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nan_and_inf_do_not_leave_the_chunk(which: int, bad: float) -> None:
+    """Chunks that share slabs."""
+    inputs = list(qkv(Maker(BF16), 1, 160, 1, 8, 136))
+    clean: Tensor = OP.overload(*inputs, 80)[0]
+    inputs[which][:, 80:] = bad
+    torch.testing.assert_close(OP.overload(*inputs, 80)[0][:, :80], clean[:, :80], rtol=0, atol=0)
