@@ -105,6 +105,16 @@ def test_a_seeded_mistake_is_caught(kernel: str, bug: str, build: str) -> None:
         assert outcomes == ["correct\n", "correct\n"]
 
 
+RACES = [mistake for mistake, (plain, _, race) in SEEDED.items() if race != plain]
+
+
+@pytest.mark.parametrize("schedule", IN_ORDER + RANDOM[:3])
+@pytest.mark.parametrize(("kernel", "bug"), RACES, ids=":".join)
+def test_a_race_is_reported_in_every_schedule(kernel: str, bug: str, schedule: str) -> None:
+    """In whatever words; so that one pass of the race build over all kernels is enough."""
+    assert run("race", kernel, bug, schedule).startswith("simt: ")
+
+
 def test_a_report_names_kernel_block_thread_and_line() -> None:
     report = run("plain", "row_sum", "divergent_barrier", "forward")
     assert "kernels.cu:" in report
