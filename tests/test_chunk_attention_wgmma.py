@@ -57,14 +57,41 @@ def test_packed_rows_with_caches_and_dropout(
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("scale", [0.0, 4.0, 15.0, 1e3])
+@pytest.mark.parametrize("scale", [0.0, 4.0, 15.0, 1e3, 3e4])
 def test_scores_of_any_size(scale: float, dtype: torch.dtype) -> None:
     """Parts of a row whose weights are relative to the same power of two, and to others: scores up
-    to about 25, 90 and 6000, which rise from tile to tile.
+    to about 25, 90, 6000 and 200000, which rise from tile to tile.
     """
     q, k, v = qkv(Maker(dtype), 1, 270, 1, 8, 16)
     k = k * torch.linspace(0.1, 1, 270, dtype=dtype)[None, :, None, None]
     check_forward(OP, (q * scale, k, v, 270))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_scores_beyond_any_power_of_two(dtype: torch.dtype) -> None:
+    make = Maker(dtype)
+    q, k = (make.activation(1, 130, 1, 64) * 1e4 for _ in range(2))
+    o, lse = OP.overload(q, k, make.activation(1, 130, 1, 16), 130)
+    assert o.isfinite().all()
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**100])
+def test_values_of_any_size(size: float) -> None:
+    q, k, v = qkv(Maker(BF16), 1, 130, 1, 64, 16)
+    for scale in (1.0, 20.0):
+        want = OP.overload(q * scale, k, v, 130)[0].double()
+        got = OP.overload(q * scale, k, v * size, 130)[0].double() / size
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)
+
+
+def test_small_weights_of_f16() -> None:
+    """The others' weights are 3e-7 of the first one's, whose value is 0."""
+    L, q, v = 512, torch.ones(1, 512, 1, 8, dtype=F16), torch.ones(1, 512, 1, 8, dtype=F16)
+    k = torch.full((1, L, 1, 8), -17.7 / 8, dtype=F16)
+    k[:, 0], v[:, 0] = -2.7 / 8, 0
+    want = OP.overload(q.double(), k.double(), v.double(), L)[0]
+    torch.testing.assert_close(OP.overload(q, k, v, L)[0].double(), want, rtol=5e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

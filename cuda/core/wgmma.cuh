@@ -25,6 +25,8 @@ DEVICE void fence_async_proxy() {
 DEVICE void wgmma_fence() {
 #if MEGALODON_NVCC
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  simt::wgmma_fence();
 #endif
 }
 

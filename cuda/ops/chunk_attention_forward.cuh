@@ -27,12 +27,13 @@ struct ForwardScratch {
 };
 
 // What the weights of a row of scores up to `best` are relative to where they are stored as 16-bit numbers: a power of
-// two, so that bringing them to another one is exact, and of these every 64th (f16: 16th) alone, so that the parts of a
-// row hardly ever need it: while their largest scores are between -22 and 22 (-2.7 and 8.3) it is 1. The largest weight
-// is then below 2^32 (2^12) and not below 2^-32 (2^-4).
+// two, so that bringing them to another one is exact, and of these every 32nd (f16: 16th) alone, so that the parts of a
+// row seldom need it: while their largest scores are between -11 and 11 (-0.7 and 10.4) it is 1. The largest weight is
+// then below 2^16 (2^15) and not below 2^-16 (2^-1). Where float has no such powers left, `best` itself.
 template <class Weight>
 DEVICE float reference_of(float best) {
-  constexpr float kStep = std::is_same_v<Weight, bf16> ? 64 : 16, kBelow = std::is_same_v<Weight, bf16> ? 32 : 4;
+  constexpr float kStep = std::is_same_v<Weight, bf16> ? 32 : 16, kBelow = std::is_same_v<Weight, bf16> ? 16 : 1;
+  if (!(best > -0x1p20f && best < 0x1p20f)) return best;
   return floor((best * kLog2E + kBelow) / kStep) * kStep * kLn2;
 }
 

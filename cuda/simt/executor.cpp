@@ -174,6 +174,7 @@ void start_block(uint32_t slot, uint64_t number) {
     warp.groups.clear();
     warp.sums.clear();
     warp.wgmmas = 0;
+    warp.fenced = false;
   }
   for (uint32_t i = 0; i < count; ++i) {
     Thread& thread = block.threads[i];

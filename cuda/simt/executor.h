@@ -81,6 +81,7 @@ struct Warp {
   std::vector<std::vector<IssuedWgmma>> groups;
   std::vector<WarpSums> sums;
   size_t wgmmas;
+  bool fenced;  // wgmma_fence, since sums were last handed back
 };
 
 struct Block {
@@ -94,6 +95,7 @@ struct Block {
   std::vector<Warp> warps;
   char* arena = nullptr;  // shared memory
   size_t arena_used;
+  size_t static_bytes;  // of variables
   char* dynamic_shared;
   std::vector<std::pair<const void*, char*>> variables;
   uint32_t epoch;  // barriers passed

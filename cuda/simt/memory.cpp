@@ -40,6 +40,7 @@ void complete(const std::vector<AsyncCopy>& copies) {
 
 void reset_shared(Block& block) {
   block.arena_used = 0;
+  block.static_bytes = 0;
   block.variables.clear();
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(block.arena, kArenaBytes);
@@ -58,7 +59,13 @@ void* shared_static(const void* key, size_t bytes, size_t alignment, const char*
   for (const auto& [known, memory] : block.variables) {
     if (known == key) return memory;
   }
-  char* memory = take(block, bytes, alignment < 16 ? 16 : alignment, name);
+  alignment = alignment < 16 ? 16 : alignment;
+  block.static_bytes = (block.static_bytes + alignment - 1) / alignment * alignment + bytes;
+  const size_t dynamic = executor.launch->shared_bytes, whole = (block.static_bytes + 1023) / 1024 * 1024 + dynamic;
+  if (whole > kMaxSharedBytes) {
+    fail("%zu bytes of shared memory, %zu of them dynamic, are more than %zu", whole, dynamic, kMaxSharedBytes);
+  }
+  char* memory = take(block, bytes, alignment, name);
   block.variables.emplace_back(key, memory);
   return memory;
 }

@@ -133,6 +133,7 @@ struct Wgmma {
 
 // sums, [2][columns / 4] of each lane, += a b, when it is waited for; until then they hold NaN.
 void wgmma(const Wgmma& instruction, float* sums, Site site);
+void wgmma_fence();
 void wgmma_commit(Site site);
 void wgmma_wait(int groups_left, Site site);
 // What this thread has written to shared memory wgmma may read, after a barrier.

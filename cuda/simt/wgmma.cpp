@@ -103,6 +103,7 @@ void complete(Warp& warp, const IssuedWgmma& issued) {
     warp.sums.erase(warp.sums.begin() + static_cast<std::ptrdiff_t>(i));
     break;
   }
+  warp.fenced = false;
 }
 
 struct IssueOperand {
@@ -135,6 +136,7 @@ void issue(void* const operands[32], uint32_t mask, uint32_t live) {
     if (known.registers[0] == first.sums) sums = &known;
   }
   if (sums == nullptr) {
+    if (!warp.fenced) fail("wgmma: no wgmma_fence between its sums' being written and it");
     sums = &warp.sums.emplace_back();
     sums->in_flight = 0;
     sums->values.resize(32 * count);
@@ -203,6 +205,8 @@ void wgmma(const Wgmma& instruction, float* sums, Site site) {
   IssueOperand operand{instruction, sums, thread.warp};
   warp_meet(0xffffffffu, WarpOp::kWgmma, &operand, issue, site);
 }
+
+void wgmma_fence() { executor.current->warp->fenced = true; }
 
 void wgmma_commit(Site site) {
   WaitOperand operand{0, executor.current->warp};

@@ -251,7 +251,7 @@ __global__ void warpgroup_product_kernel(const float* a, const float* b, float* 
     if (kBug != Bug::kMissingBarrier) sync_block();  // the slab is there
     uint64_t of_a = matrix_descriptor(slab->a, 0, 1024), of_b = matrix_descriptor(slab->b, 0, 1024);
     if (kBug == Bug::kMismatchedOperations && thread >= 32) of_a += 2;
-    wgmma_fence();
+    if (kBug != Bug::kMissingWgmmaFence || depth == 0) wgmma_fence();
     for (int i = 0; i < kDepths / 16; ++i, of_a += 2, of_b += 2) wgmma<bf16, 0, 0>(sum, of_a, of_b);
     wgmma_commit();
     if (kBug == Bug::kMissingWgmmaWait && depth > 0) return;
@@ -346,10 +346,11 @@ void matrix_product(Bug bug, const float* a, const float* b, float* products) {
 
 void warpgroup_product(Bug bug, const float* a, const float* b, float* product) {
   with_bug<Bug::kNone, Bug::kMissingProxyFence, Bug::kMissingBarrier, Bug::kMismatchedOperations,
-           Bug::kMissingWgmmaWait, Bug::kEarlySums, Bug::kOverwrittenOperand>(bug, [&](auto kBug) {
-    launch({"warpgroup_product", dim3(1), dim3(kThreads), 192 * 64 * 2}, warpgroup_product_kernel<kBug()>, a, b,
-           product);
-  });
+           Bug::kMissingWgmmaFence, Bug::kMissingWgmmaWait, Bug::kEarlySums, Bug::kOverwrittenOperand>(
+      bug, [&](auto kBug) {
+        launch({"warpgroup_product", dim3(1), dim3(kThreads), 192 * 64 * 2}, warpgroup_product_kernel<kBug()>, a, b,
+               product);
+      });
 }
 
 void waits(Bug bug, const float* x, float* y) {

@@ -26,6 +26,7 @@ enum class Bug {
   kMissingRelease,
   kShortAsyncWait,
   kMissingProxyFence,
+  kMissingWgmmaFence,
   kMissingWgmmaWait,
   kEarlySums,
   kOverwrittenOperand,

@@ -164,6 +164,7 @@ const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_release", Bug::kMissingRelease},
                                           {"short_async_wait", Bug::kShortAsyncWait},
                                           {"missing_proxy_fence", Bug::kMissingProxyFence},
+                                          {"missing_wgmma_fence", Bug::kMissingWgmmaFence},
                                           {"missing_wgmma_wait", Bug::kMissingWgmmaWait},
                                           {"early_sums", Bug::kEarlySums},
                                           {"overwritten_operand", Bug::kOverwrittenOperand}};

@@ -54,6 +54,7 @@ SEEDED = {
         "shared memory that nobody has written",
     ),
     ("warpgroup_product", "mismatched_operations"): ("have different operands",) * 3,
+    ("warpgroup_product", "missing_wgmma_fence"): ("no wgmma_fence between",) * 3,
     ("warpgroup_product", "missing_wgmma_wait"): ("has waited for its matrix products",) * 3,
     ("warpgroup_product", "early_sums"): ("wrong",) * 3,
     ("warpgroup_product", "overwritten_operand"): ("wrong", "wrong", "wgmma reads what thread"),
