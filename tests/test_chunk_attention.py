@@ -312,6 +312,16 @@ def test_huge_scores_stay_finite(isa: str, dtype: torch.dtype) -> None:
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_small_weights_beside_a_large_one(isa: str, dtype: torch.dtype) -> None:
+    """511 equal weights of 2.6 units in the last place of the large one: each rounded to 3 of them
+    when they are added to it one by one.
+    """
+    q, k = torch.ones(1, 512, 1, 8, dtype=dtype), torch.full((1, 512, 1, 8), -2.2129, dtype=dtype)
+    k[:, 0] = -0.3374
+    check_forward(OP, (q, k, Maker(dtype).activation(1, 512, 1, 16), 512))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_nan_and_inf_do_not_leave_the_chunk(isa: str, which: int, bad: float) -> None:

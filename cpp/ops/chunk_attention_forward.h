@@ -67,22 +67,29 @@ void softmax_block(A* scores, int64_t keys, int64_t oldest, int64_t visible, con
     sum[half] = state.sum[half] * state.scale[half];
     state.shift[half] = after;
   }
-  for (int64_t j = 0; j < keys; j += D) {
-    for (int half = 0; half < 2; ++half) {
-      Vec<A> e = weight_of(load(scores + j * P + half * W) - shift[half]);
-      sum[half] += e;
-      if (dropped != nullptr) e = without<A>(e, dropped[j] >> half * W);
+  // Runs of keys have sums of their own: many small weights beside a large one are not rounded to it one by one.
+  constexpr int64_t kRun = 16;
+  for (int64_t begin = 0; begin < keys; begin += kRun) {
+    const int64_t end = begin + kRun < keys ? begin + kRun : keys;
+    Vec<A> of_run[2] = {};
+    for (int64_t j = begin; j < end; j += D) {
+      for (int half = 0; half < 2; ++half) {
+        Vec<A> e = weight_of(load(scores + j * P + half * W) - shift[half]);
+        of_run[half] += e;
+        if (dropped != nullptr) e = without<A>(e, dropped[j] >> half * W);
 #if defined(__AVX512BF16__)
-      if constexpr (D == 2) {
-        Vec<A> second = {};
-        if (j + 1 < keys) second = weight_of(load(scores + (j + 1) * P + half * W) - shift[half]);
-        sum[half] += second;
-        if (dropped != nullptr && j + 1 < keys) second = without<A>(second, dropped[j + 1] >> half * W);
-        e = pair_up(e, second);
-      }
+        if constexpr (D == 2) {
+          Vec<A> second = {};
+          if (j + 1 < keys) second = weight_of(load(scores + (j + 1) * P + half * W) - shift[half]);
+          of_run[half] += second;
+          if (dropped != nullptr && j + 1 < keys) second = without<A>(second, dropped[j + 1] >> half * W);
+          e = pair_up(e, second);
+        }
 #endif
-      store(scores + j / D * P + half * W, e);
+        store(scores + j / D * P + half * W, e);
+      }
     }
+    for (int half = 0; half < 2; ++half) sum[half] += of_run[half];
   }
   state.sum[0] = sum[0];
   state.sum[1] = sum[1];
