@@ -113,7 +113,6 @@ struct Staged {
   static constexpr int kPacks = kLines * Tile::kDepth / V;
   static constexpr int kOwn = (kPacks + kTileThreads - 1) / kTileThreads;
   static constexpr int kPerLine = (kAlongDepth ? Tile::kDepth : kLines) / V;
-
   static constexpr bool kKeepsLines = kAlongDepth && (kIsAsync || kIsHeld);
 
   const Element* lines[kKeepsLines ? kOwn : 1];

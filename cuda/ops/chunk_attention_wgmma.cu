@@ -3,12 +3,10 @@
 // Computes  what chunk_attention.cu does, by the same kernels (chunk_attention_forward.cuh, _backward.cuh).
 // Layout    as there; slabs in shared memory swizzled by 128 bytes, as wgmma reads them (core/wgmma.cuh).
 // Mapping   as there. Tiles of scores have 128 x 128, two blocks to a multiprocessor; tiles of o, dq, dk and dv 128 x
-// 256
-//           where rows are longer than 128, one block, 128 sums to a thread. Two warpgroups multiply what all 256
+//           256 where rows are longer than 128, one block, 128 sums to a thread. Two warpgroups multiply what all 256
 //           threads copy (cp.async), 64 deep, while the next one or two slabs are on their way.
-// Traffic   as there. A tile of 128 x 256 reads 48 KB from L2 for 4.2 MFLOP: at 620 TFLOP/s 7 TB/s, which is about what
-// L2
-//           has. Slabs that blocks of a cluster share (TMA, multicast) would halve it.
+// Traffic   as there. A tile of 128 x 256 reads 48 KB from L2 for 4.2 MFLOP, which is expected to bind; slabs that
+//           blocks of a cluster share (TMA, multicast) would halve it.
 // Numerics  as there.
 // Limits    bfloat16 and float16, S and E in packs of 8, more than 64 queries in a chunk; else chunk_attention.cu.
 #include "core/wgmma.cuh"
