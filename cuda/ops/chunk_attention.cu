@@ -10,10 +10,10 @@
 //           (core/mma.cuh; on Hopper those of chunk_attention_wgmma.cu), else by multiply-adds (core/tile_product.cuh).
 //           Forward, per round: tiles of scores become weights, each relative to its own rows' maxima, of 16-bit
 //           numbers to a power of two near them; tiles of o are their products with v, the rows brought to their common
-//           maxima where those differ. Backward, per round: tiles of P and dS; then of dv = P^T do and dk = dS^T q; then
-//           of dq = dS k. Tiles above the diagonal are neither computed nor read, those below it know no mask. Scores
-//           are computed once however wide E is, and every step has a block for every tile: S = 256, E = 2048, and B =
-//           1, fill the GPU.
+//           maxima where those differ. Backward, per round: tiles of P and dS; then of dv = P^T do and dk = dS^T q;
+//           then of dq = dS k. Tiles above the diagonal are neither computed nor read, those below it know no mask.
+//           Scores are computed once however wide E is, and every step has a block for every tile: S = 256, E = 2048,
+//           and B = 1, fill the GPU.
 // Traffic   2 (S + E) FLOPs per query and key forward, 2 (3 S + 2 E) backward, on the causal half: compute-bound where
 //           S + E is some hundreds; below, the weights, written once and read once per tile of columns, bind. A round
 //           of them is meant to stay in the L2 cache.
