@@ -76,8 +76,8 @@ endif()
 # CUDA kernels on CPU tensors; simt_tests_{build}, the executor's own tests, and simt_conformance_{build}, the matrix
 # instructions on raw registers. asan instruments kernels and executor, race the kernels alone.
 foreach(build IN LISTS MEGALODON_SIMT)
-  add_library(simt_executor_${build} OBJECT cuda/simt/executor.cpp cuda/simt/fiber.cpp cuda/simt/memory.cpp
-                                            cuda/simt/race.cpp cuda/simt/wgmma.cpp)
+  add_library(simt_executor_${build} OBJECT cuda/simt/bulk.cpp cuda/simt/executor.cpp cuda/simt/fiber.cpp
+                                            cuda/simt/memory.cpp cuda/simt/race.cpp cuda/simt/wgmma.cpp)
   add_library(simt_kernels_${build} OBJECT ${simt_kernel_sources})
   add_library(simt_test_kernels_${build} OBJECT ${simt_test_kernels})
   target_include_directories(simt_test_kernels_${build} PRIVATE tests/simt)

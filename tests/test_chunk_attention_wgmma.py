@@ -1,5 +1,6 @@
 """chunk_attention of 16-bit numbers and more than 64 queries: on Hopper by its own instructions, on
-other GPUs by those of sm_80. In the executor both run, elsewhere what the machine has.
+other GPUs by those of sm_80. In the executor both run, elsewhere what the machine has; on Hopper
+with room for one strip of weights and for many, which go in pairs.
 """
 
 import math
@@ -14,13 +15,16 @@ from torch import Tensor
 from megalodon_ops._library import Maker
 
 BF16, F16 = torch.bfloat16, torch.float16
-ARCHITECTURES = ("80", "90") if BACKEND.startswith("simt") else ("",)
+# Architecture, bytes of scratch.
+MACHINES = ("80 131072", "90 131072", "90 4194304") if BACKEND.startswith("simt") else ("",)
 
 
-@pytest.fixture(params=ARCHITECTURES, autouse=True)
-def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=MACHINES, autouse=True)
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        monkeypatch.setenv("MEGALODON_SIMT_ARCHITECTURE", request.param)
+        architecture, scratch = request.param.split()
+        monkeypatch.setenv("MEGALODON_SIMT_ARCHITECTURE", architecture)
+        monkeypatch.setenv("MEGALODON_SIMT_SCRATCH", scratch)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -33,6 +37,8 @@ def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         (150, 70, 8, 264),  # chunks that end inside a tile; two tiles of columns
         (270, 270, 16, 24),  # three tiles of keys, several rounds
         (130, 130, 136, 8),  # keys wider than values
+        (600, 256, 136, 264),  # pairs of strips, and one without a partner
+        (400, 100, 8, 136),  # chunks of a tile each, two slabs
         (66, 66, 0, 16),
     ],
 )
@@ -57,12 +63,13 @@ def test_packed_rows_with_caches_and_dropout(
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("E", [16, 136])
 @pytest.mark.parametrize("scale", [0.0, 4.0, 15.0, 1e3, 3e4])
-def test_scores_of_any_size(scale: float, dtype: torch.dtype) -> None:
+def test_scores_of_any_size(scale: float, E: int, dtype: torch.dtype) -> None:
     """Parts of a row whose weights are relative to the same power of two, and to others: scores up
     to about 25, 90, 6000 and 200000, which rise from tile to tile.
     """
-    q, k, v = qkv(Maker(dtype), 1, 270, 1, 8, 16)
+    q, k, v = qkv(Maker(dtype), 1, 270, 1, 8, E)
     k = k * torch.linspace(0.1, 1, 270, dtype=dtype)[None, :, None, None]
     check_forward(OP, (q * scale, k, v, 270))
 

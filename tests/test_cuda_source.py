@@ -13,14 +13,16 @@ from backend import ROOT
 
 KERNEL_FILES = sorted([*ROOT.glob("cuda/ops/*.cu*"), *ROOT.glob("cuda/core/*.cuh")])
 # The headers that stand between kernels and the machine.
-WRAPPERS = [ROOT / "cuda/core" / name for name in ("portable.cuh", "mma.cuh", "wgmma.cuh")]
+WRAPPERS = [
+    ROOT / "cuda/core" / name for name in ("portable.cuh", "mma.cuh", "wgmma.cuh", "bulk.cuh")
+]
 OP_FILES = sorted(ROOT.glob("cuda/ops/*.cu"))
 
 # What a kernel must not say, and what to say instead.
 FORBIDDEN = {
     r"#include\s*<(cuda|cub|cute|cutlass|cooperative)": '#include "core/portable.cuh"',
     r"<<<|>>>": "launch(config, kernel, args...)",
-    r"\basm\b": "a wrapper in core/portable.cuh, mma.cuh or wgmma.cuh with a host branch",
+    r"\basm\b": "a wrapper in core/portable.cuh, mma.cuh, wgmma.cuh or bulk.cuh with a host branch",
     r"\b__shared__\b": "SHARED or DYNAMIC_SHARED",
     r"\b__CUDA_ARCH__\b|\b__CUDACC__\b|\bMEGALODON_NVCC\b": "a template parameter",
     r"\bvolatile\b": "load_acquire",

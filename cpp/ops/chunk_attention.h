@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <utility>
 
@@ -73,9 +74,13 @@ constexpr int64_t kMaxSlots = 64;
 // The GPU keeps the weights of a query tile (backward: of a key tile, twice) with all of its partners in the workspace,
 // as many strips of tiles at a time as this allows, but at least one.
 #if defined(MEGALODON_SIMT)
-constexpr int64_t kGpuScratch = 128 << 10;  // so that small tests meet several rounds
+// In the executor so little that small tests meet several rounds, or what MEGALODON_SIMT_SCRATCH says.
+static inline int64_t most_gpu_scratch() {
+  const char* bytes = std::getenv("MEGALODON_SIMT_SCRATCH");
+  return bytes == nullptr ? 128 << 10 : std::atoll(bytes);
+}
 #else
-constexpr int64_t kGpuScratch = 128 << 20;
+constexpr int64_t most_gpu_scratch() { return 128 << 20; }
 #endif
 
 constexpr int64_t kAlignment = 16;  // of the scratch, for which the workspace has room
@@ -87,7 +92,7 @@ constexpr int64_t gpu_tile(DType dtype, int64_t queries) {
 
 static inline int64_t gpu_scratch(int64_t strips, int64_t strip_bytes) {
   if (strips == 0 || strip_bytes == 0) return 0;
-  return std::min(strips, std::max(kGpuScratch / strip_bytes, int64_t{1})) * strip_bytes;
+  return std::min(strips, std::max(most_gpu_scratch() / strip_bytes, int64_t{1})) * strip_bytes;
 }
 
 // The inputs that forward and backward share.

@@ -1,5 +1,7 @@
 // The current device of the calling thread, and CUDA's errors as ours.
-#include "core/portable.cuh"
+#include <cudaTypedefs.h>
+
+#include "core/bulk.cuh"
 
 namespace megalodon {
 namespace cuda {
@@ -21,6 +23,33 @@ bool has_wgmma() {
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (status != cudaSuccess) throw_cuda_error("has_wgmma", status);
   return major == 9 && minor == 0;
+}
+
+TensorMap tensor_map(const char* kernel, const void* base, const int64_t (&sizes)[3], const int64_t (&strides)[2],
+                     int lines) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  if (status != cudaSuccess) throw_cuda_error(kernel, status);
+  if (found != cudaDriverEntryPointSuccess) throw_cuda_error(kernel, cudaErrorSymbolNotFound);
+  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  cuuint64_t extents[3], pitches[2];
+  for (int i = 0; i < 3; ++i) extents[i] = static_cast<cuuint64_t>(sizes[i]);
+  for (int i = 0; i < 2; ++i) pitches[i] = static_cast<cuuint64_t>(strides[i]) * 2;
+  const cuuint32_t box[3] = {64, 1, static_cast<cuuint32_t>(lines)}, steps[3] = {1, 1, 1};
+  CUtensorMap map;
+  static_assert(sizeof(TensorMap) == sizeof map);
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(base), extents, pitches,
+                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw Error{MEGALODON_RUNTIME_ERROR, std::string(kernel) + ": CUDA: cuTensorMapEncodeTiled: error " +
+                                             std::to_string(static_cast<int>(result))};
+  }
+  TensorMap taken;
+  memcpy(&taken, &map, sizeof taken);
+  return taken;
 }
 
 }  // namespace cuda

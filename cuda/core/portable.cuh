@@ -31,6 +31,7 @@
   type* const name = reinterpret_cast<type*>(dynamic_shared_bytes)
 #define UNROLL _Pragma("unroll")
 #define ROLL _Pragma("unroll 1")
+#define GRID_CONSTANT const __grid_constant__
 #else
 #define SHARED(type, name, ...)            \
   using name##_type = type __VA_ARGS__;    \
@@ -40,6 +41,7 @@
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::megalodon::simt::shared_dynamic())
 #define UNROLL
 #define ROLL
+#define GRID_CONSTANT const
 #endif
 #define DEVICE __device__ __forceinline__
 
@@ -52,6 +54,7 @@ struct LaunchConfig {
   dim3 grid, block;
   int64_t shared_bytes = 0;  // of dynamic shared memory
   void* stream = nullptr;
+  unsigned cluster = 1;  // blocks that follow each other along x: core/bulk.cuh
 };
 
 #if MEGALODON_NVCC
@@ -81,11 +84,18 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Args... a
     cuda_config.blockDim = config.block;
     cuda_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
     cuda_config.stream = static_cast<cudaStream_t>(config.stream);
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = config.cluster;
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    cuda_config.attrs = &cluster;
+    cuda_config.numAttrs = config.cluster > 1;
     status = cudaLaunchKernelEx(&cuda_config, kernel, static_cast<Parameters>(args)...);
   }
   if (status != cudaSuccess) throw_cuda_error(config.kernel, status);
 #else
-  simt::run({config.kernel, config.grid, config.block, static_cast<size_t>(config.shared_bytes)},
+  simt::run({config.kernel, config.grid, config.block, static_cast<size_t>(config.shared_bytes), config.cluster},
             [=] { kernel(static_cast<Parameters>(args)...); });
 #endif
 }

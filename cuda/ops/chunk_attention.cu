@@ -67,7 +67,7 @@ void chunk_attention_forward(const ChunkAttentionForward& args, void* stream) {
     if (uses_wgmma(args, is_aligned)) return chunk_attention_wgmma_forward(args, stream);
     visit_tile<T>(args, is_aligned, [&](auto tag, auto packed) {
       using Tile = typename decltype(tag)::type;
-      forward<T, Tile, Tile, packed()>(args, stream);
+      forward<T, Tile, packed()>(args, stream, launch_forward<T, Tile, Tile, packed()>);
     });
   });
 }
@@ -85,7 +85,7 @@ void chunk_attention_backward(const ChunkAttentionBackward& args, void* stream) 
     if (uses_wgmma(args, is_aligned)) return chunk_attention_wgmma_backward(args, stream);
     visit_tile<T>(args, is_aligned, [&](auto tag, auto packed) {
       using Tile = typename decltype(tag)::type;
-      backward<T, Tile, Tile, packed()>(args, stream);
+      backward<T, Tile, packed()>(args, stream, launch_backward<T, Tile, Tile, packed()>);
     });
   });
 }

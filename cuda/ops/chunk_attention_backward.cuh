@@ -207,54 +207,104 @@ struct Queries {
   }
 };
 
+// A tile of queries whose dq a round adds to: the keys from `key` to `end` whose strips it has, of which the first is
+// number `strip` of the round, `skipped` after the chunk's first.
+struct QueryWork {
+  Chunk chunk;
+  int64_t query, queries_end, key, end, strip, skipped, index, step;
+
+  static DEVICE QueryWork of(const ChunkAttention& args, const Round& round, int64_t number, int64_t tile) {
+    const auto [chunk, query, first_strip, first_key, index, step] = round.strips.queries_at(args, number);
+    const bool is_tile = query >= chunk.first && query < chunk.end;
+    const int64_t queries_end = query + tile < chunk.end ? query + tile : chunk.end;
+    const int64_t skipped = first_strip < round.first ? round.first - first_strip : 0;
+    const int64_t key = first_key + skipped * tile;
+    const int64_t round_end = first_key + (round.first + round.count - first_strip) * tile;
+    const int64_t end = !is_tile ? key : round_end < queries_end ? round_end : queries_end;
+    return {chunk, query, queries_end, key, end, first_strip + skipped - round.first, skipped, index, step};
+  }
+  DEVICE bool any() const { return key < end; }
+  // Of dS, the tile that belongs to the first key, and how far the next one is.
+  DEVICE int64_t tile(int64_t query_tiles) const { return strip * query_tiles + index + skipped * step; }
+  DEVICE int64_t stride(int64_t query_tiles) const { return query_tiles + step; }
+};
+
+// Adds what earlier rounds have summed, and writes the sums, or dq if they are complete.
+template <class T, bool kPacked, class Product, class A>
+DEVICE void write_dq(Product& tile, const ChunkAttentionBackward& args, const QueryWork& work, int64_t column, A* dq) {
+  const QueryRows<A> sums(args, work.chunk, dq, args.S);  // used where a chunk takes several rounds
+  if (work.skipped > 0) {
+    const int64_t left = args.S - column;
+    const int rows = static_cast<int>(work.queries_end - work.query);
+    const int columns = left < Product::kTileColumns ? static_cast<int>(left) : Product::kTileColumns;
+    UNROLL
+    for (int r = 0; r < Product::kRows; ++r) {
+      const A* const row = sums.row(work.query + Product::row(r)) + column;
+      UNROLL
+      for (int c = 0; c < Product::kColumns; ++c) {
+        if (Product::row(r) < rows && Product::column(c) < columns) tile.sum[r][c] += row[Product::column(c)];
+      }
+    }
+  }
+  if (work.end < work.queries_end) {
+    write_rows<kPacked>(tile, sums, work.query, work.queries_end, column, args.S);
+  } else {
+    const QueryRows<T> rows(args, work.chunk, static_cast<T*>(args.dq), args.S);
+    write_rows<kPacked>(tile, rows, work.query, work.queries_end, column, args.S);
+  }
+}
+
 // Block (query tile, tile of columns of dq), likewise.
 template <class T, class Tile, class Product, bool kPacked>
 __global__ void __launch_bounds__(kTileThreads, Tile::kTile == 64 ? kBlocks<T, Product, kPacked> : 1)
     chunk_attention_dq_kernel(ChunkAttentionBackward args, Round round, Queries tiles, BackwardScratch<Tile> scratch) {
-  using A = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   DYNAMIC_SHARED(typename Product::Stage, slabs);
-  const int64_t number = tiles.end - 1 - blockIdx.x;  // of a chunk the longest rows first
-  const auto [chunk, query, first_strip, first_key, index, step] = round.strips.queries_at(args, number);
-  if (query < chunk.first || query >= chunk.end) return;
-  const int64_t queries_end = query + kTile < chunk.end ? query + kTile : chunk.end;
-  // The keys whose strips are in this round.
-  const int64_t skipped = first_strip < round.first ? round.first - first_strip : 0;
-  const int64_t key = first_key + skipped * kTile;
-  const int64_t round_end = first_key + (round.first + round.count - first_strip) * kTile;
-  const int64_t end = round_end < queries_end ? round_end : queries_end;
-  if (key >= end) return;
+  const auto work = QueryWork::of(args, round, tiles.end - 1 - blockIdx.x, kTile);  // of a chunk the longest rows first
+  if (!work.any()) return;
   const int64_t column = int64_t{blockIdx.y} * Product::kTileColumns;
-  const int64_t strip = first_strip + skipped - round.first;
-  const WeightsOperand<Tile, true> weights{
-      scratch.dS + (strip * scratch.query_tiles + index + skipped * step) * kTile * kTile,
-      (scratch.query_tiles + step) * kTile * kTile};
-  const KeyRows<const T> keys(args, chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache), args.S);
+  const WeightsOperand<Tile, true> weights{scratch.dS + work.tile(scratch.query_tiles) * kTile * kTile,
+                                           work.stride(scratch.query_tiles) * kTile * kTile};
+  const KeyRows<const T> keys(args, work.chunk, static_cast<const T*>(args.k), static_cast<const T*>(args.k_cache),
+                              args.S);
   Product tile;
   tile.clear();
-  multiply(tile, slabs, 0, end - key, weights, operand_of<V, false>(keys, key, chunk.keys, column, args.S));
-  const QueryRows<A> sums(args, chunk, scratch.dq, args.S);  // used where a chunk takes several rounds
-  if (skipped > 0) {                                         // what earlier rounds have summed
-    UNROLL
-    for (int r = 0; r < Product::kRows; ++r) {
-      const int64_t place = query + Product::row(r);
-      UNROLL
-      for (int c = 0; c < Product::kColumns; ++c) {
-        const int64_t s = column + Product::column(c);
-        if (place < queries_end && s < args.S) tile.sum[r][c] += sums.row(place)[s];
-      }
-    }
-  }
-  if (end < queries_end) {
-    write_rows<kPacked>(tile, sums, query, queries_end, column, args.S);
-  } else {
-    const QueryRows<T> dq(args, chunk, static_cast<T*>(args.dq), args.S);
-    write_rows<kPacked>(tile, dq, query, queries_end, column, args.S);
-  }
+  multiply(tile, slabs, 0, work.end - work.key, weights,
+           operand_of<V, false>(keys, work.key, work.chunk.keys, column, args.S));
+  write_dq<T, kPacked>(tile, args, work, column, scratch.dq);
+}
+
+// Tiles of columns of dv, and of dk.
+template <class Product>
+MEGALODON_HOST_DEVICE unsigned value_columns_of(const ChunkAttention& args) {
+  return static_cast<unsigned>(ceil_div(args.E, Product::kTileColumns));
+}
+template <class Product>
+MEGALODON_HOST_DEVICE unsigned key_columns_of(const ChunkAttention& args) {
+  return static_cast<unsigned>(ceil_div(args.S, Product::kTileColumns));
 }
 
 template <class T, class Tile, class Product, bool kPacked>
-void backward(const ChunkAttentionBackward& args, void* stream) {
+void launch_backward(const ChunkAttentionBackward& args, const Round& round, const BackwardScratch<Tile>& scratch,
+                     void* stream) {
+  const dim3 block(kTileThreads);
+  const unsigned key_columns = key_columns_of<Product>(args), columns = value_columns_of<Product>(args) + key_columns;
+  if (columns > 0) {
+    launch(
+        {"chunk_attention_dkv", dim3(columns, static_cast<unsigned>(round.count)), block, kSlabBytes<Product>, stream},
+        chunk_attention_dkv_kernel<T, Tile, Product, kPacked>, args, round, scratch);
+  }
+  if (key_columns > 0) {
+    const Queries queries(round);
+    launch({"chunk_attention_dq", dim3(static_cast<unsigned>(queries.end - queries.first), key_columns), block,
+            kSlabBytes<Product>, stream},
+           chunk_attention_dq_kernel<T, Tile, Product, kPacked>, args, round, queries, scratch);
+  }
+}
+
+// launch_products(args, round, scratch, stream): dv, dk and dq.
+template <class T, class Tile, bool kPacked, class Launch>
+void backward(const ChunkAttentionBackward& args, void* stream, Launch&& launch_products) {
   constexpr int V = kPacked ? kPackOf<T> : 1;
   const BackwardScratch<Tile> scratch(args);
   const int64_t row_blocks = ceil_div(args.sequences.tokens() * args.H, kTileThreads / 32);
@@ -262,24 +312,12 @@ void backward(const ChunkAttentionBackward& args, void* stream) {
           dim3(kTileThreads), 0, stream},
          chunk_attention_dot_kernel<T, V>, static_cast<const T*>(args.dout), static_cast<const T*>(args.o), scratch.D,
          args.sequences.tokens(), args.sequences.length, args.H, args.E);
-  const auto query_tiles = static_cast<unsigned>(scratch.query_tiles);
-  const auto key_columns = static_cast<unsigned>(ceil_div(args.S, Product::kTileColumns));
-  const auto columns = static_cast<unsigned>(ceil_div(args.E, Product::kTileColumns)) + key_columns;
   for_rounds(Strips::of(args, Tile::kTile, true), scratch.strips, [&](const Round& round) {
-    const auto y = static_cast<unsigned>(round.count);
-    const dim3 block(kTileThreads);
-    launch({"chunk_attention_weigh_backward", dim3(query_tiles, y), block, kSlabBytes<Tile>, stream},
+    launch({"chunk_attention_weigh_backward",
+            dim3(static_cast<unsigned>(scratch.query_tiles), static_cast<unsigned>(round.count)), dim3(kTileThreads),
+            kSlabBytes<Tile>, stream},
            chunk_attention_weigh_backward_kernel<T, Tile, kPacked>, args, round, scratch);
-    if (columns > 0) {
-      launch({"chunk_attention_dkv", dim3(columns, y), block, kSlabBytes<Product>, stream},
-             chunk_attention_dkv_kernel<T, Tile, Product, kPacked>, args, round, scratch);
-    }
-    if (key_columns > 0) {
-      const Queries queries(round);
-      const auto x = static_cast<unsigned>(queries.end - queries.first);
-      launch({"chunk_attention_dq", dim3(x, key_columns), block, kSlabBytes<Product>, stream},
-             chunk_attention_dq_kernel<T, Tile, Product, kPacked>, args, round, queries, scratch);
-    }
+    launch_products(args, round, scratch, stream);
   });
 }
 

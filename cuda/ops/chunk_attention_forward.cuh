@@ -89,7 +89,64 @@ template <class T>
 struct Out {
   T* first;
   int rows;
+
+  static DEVICE Out of(const ChunkAttentionForward& args, const Chunk& chunk, int64_t query, int64_t end) {
+    return {QueryRows<T>(args, chunk, static_cast<T*>(args.o), args.E).row(query), static_cast<int>(end - query)};
+  }
 };
+
+// Of the rows of a strip, in shared memory.
+template <class Tile>
+struct RowStatistics {
+  using A = typename Tile::Sum;
+  static constexpr int kTile = Tile::kTile;
+  unsigned differing[kTile / 32];  // lanes with rows whose parts have different maxima
+  A maximum[kTile];
+  A inverse[kTile];
+
+  // By the threads of as many rows.
+  DEVICE void gather(const ChunkAttentionForward& args, const Chunk& chunk, int64_t query, int64_t end, const A* maxima,
+                     const A* sums, bool writes) {
+    const int row = static_cast<int>(threadIdx.x);
+    const A lowest = -static_cast<A>(INFINITY);
+    A best = lowest;
+    const int64_t parts = ceil_div(end, Tile::kRowColumns);
+    for (int64_t part = 0; part < parts; ++part) {
+      const A other = maxima[part * kTile + row];
+      best = other > best ? other : best;
+    }
+    const A shift = best == lowest ? A(0) : best;
+    A sum = 0;
+    bool differs = false;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t i = part * kTile + row;
+      differs |= maxima[i] != best && maxima[i] != lowest;
+      sum += sums[i] * exp(maxima[i] - shift);
+    }
+    const unsigned lanes = ballot(differs);
+    if (row % 32 == 0) differing[row / 32] = lanes;
+    maximum[row] = shift;
+    inverse[row] = sum == 0 ? A(0) : static_cast<A>(args.kept_scale) / sum;
+    if (writes && query + row < end) static_cast<A*>(args.lse)[chunk.statistic + query + row] = best + log(sum);
+  }
+  DEVICE bool rescales() const {
+    bool any = sizeof(typename Tile::Weight) == sizeof(A);
+    UNROLL
+    for (int i = 0; i < kTile / 32; ++i) any |= differing[i] != 0;
+    return any;
+  }
+};
+
+template <class T, class Tile, class Product, bool kPacked>
+DEVICE void write_out(Product& tile, const RowStatistics<Tile>& rows, const Out<T>& out,
+                      const ChunkAttentionForward& args, int64_t column) {
+  UNROLL
+  for (int r = 0; r < Product::kRows; ++r) {
+    UNROLL
+    for (int c = 0; c < Product::kColumns; ++c) tile.sum[r][c] *= rows.inverse[Product::row(r)];
+  }
+  write_rows<kPacked>(tile, QueryRows<T>{out.first, args.H * args.E}, 0, out.rows, column, args.E);
+}
 
 // Block (tile of columns of o, strip). The first one of the columns also writes lse. Product: the tile of o, whose rows
 // are those of Tile, the scores'.
@@ -100,79 +157,55 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Product, kPacked>)
   constexpr int kTile = Tile::kTile, V = kPacked ? kPackOf<T> : 1;
   static_assert(Product::kTile == kTile);
   DYNAMIC_SHARED(typename Product::Stage, slabs);
-  SHARED(unsigned, differing, [kTile / 32]);  // lanes with rows whose parts have different maxima
-  SHARED(A, maximum, [kTile]);
-  SHARED(A, inverse, [kTile]);
+  SHARED(RowStatistics<Tile>, rows);
   SHARED(Out<T>, out);                                 // here the registers are those of the product
   const int64_t strip = round.count - 1 - blockIdx.y;  // of a chunk the longest rows first
   const auto [chunk, query] = round.at(args, strip);
   if (query >= chunk.end) return;
   const int64_t end = query + kTile < chunk.end ? query + kTile : chunk.end;
-  if (threadIdx.x == 0) {
-    out = {QueryRows<T>(args, chunk, static_cast<T*>(args.o), args.E).row(query), static_cast<int>(end - query)};
-  }
+  if (threadIdx.x == 0) out = Out<T>::of(args, chunk, query, end);
   const int64_t column = int64_t{blockIdx.x} * Product::kTileColumns;
   const A* maxima = scratch.maxima + strip * scratch.key_tiles * scratch.kParts * kTile;
   const A* sums = scratch.sums + strip * scratch.key_tiles * scratch.kParts * kTile;
-  if (threadIdx.x < kTile) {
-    const A lowest = -static_cast<A>(INFINITY);
-    A best = lowest;
-    const int64_t parts = ceil_div(end, Tile::kRowColumns);
-    for (int64_t part = 0; part < parts; ++part) {
-      const A other = maxima[part * kTile + threadIdx.x];
-      best = other > best ? other : best;
-    }
-    const A shift = best == lowest ? A(0) : best;
-    A sum = 0;
-    bool differs = false;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t i = part * kTile + threadIdx.x;
-      differs |= maxima[i] != best && maxima[i] != lowest;
-      sum += sums[i] * exp(maxima[i] - shift);
-    }
-    const unsigned lanes = ballot(differs);
-    if (threadIdx.x % 32 == 0) differing[threadIdx.x / 32] = lanes;
-    maximum[threadIdx.x] = shift;
-    inverse[threadIdx.x] = sum == 0 ? A(0) : static_cast<A>(args.kept_scale) / sum;
-    const int64_t place = query + threadIdx.x;
-    if (blockIdx.x == 0 && place < end) {
-      static_cast<A*>(args.lse)[chunk.statistic + place] = best + log(sum);
-    }
-  }
+  if (threadIdx.x < kTile) rows.gather(args, chunk, query, end, maxima, sums, blockIdx.x == 0);
   sync_block();  // the rows' maxima and sums are there, and where o lies
   const KeyRows<const T> values(args, chunk, static_cast<const T*>(args.v), static_cast<const T*>(args.v_cache),
                                 args.E);
   const auto values_operand = operand_of<V, false>(values, 0, chunk.keys, column, args.E);
   const WeightsOperand<Tile, true> weights{scratch.weights + strip * scratch.key_tiles * kTile * kTile, kTile * kTile};
-  bool rescales = sizeof(typename Tile::Weight) == sizeof(A);
-  UNROLL
-  for (int i = 0; i < kTile / 32; ++i) rescales |= differing[i] != 0;
   Product tile;
   tile.clear();
-  if (rescales) {
-    multiply(tile, slabs, 0, end, RescaledWeightsOperand<Tile>{weights, maxima, maximum}, values_operand);
+  if (rows.rescales()) {
+    multiply(tile, slabs, 0, end, RescaledWeightsOperand<Tile>{weights, maxima, rows.maximum}, values_operand);
   } else if constexpr (sizeof(typename Tile::Weight) < sizeof(A)) {
     multiply(tile, slabs, 0, end, weights, values_operand);
   }
-  UNROLL
-  for (int r = 0; r < Product::kRows; ++r) {
-    UNROLL
-    for (int c = 0; c < Product::kColumns; ++c) tile.sum[r][c] *= inverse[Product::row(r)];
-  }
-  write_rows<kPacked>(tile, QueryRows<T>{out.first, args.H * args.E}, 0, out.rows, column, args.E);
+  write_out<T, Tile, Product, kPacked>(tile, rows, out, args, column);
+}
+
+// One block even where E is 0, since it writes lse.
+template <class Product>
+MEGALODON_HOST_DEVICE unsigned columns_of(const ChunkAttentionForward& args) {
+  return static_cast<unsigned>(args.E == 0 ? 1 : ceil_div(args.E, Product::kTileColumns));
 }
 
 template <class T, class Tile, class Product, bool kPacked>
-void forward(const ChunkAttentionForward& args, void* stream) {
+void launch_forward(const ChunkAttentionForward& args, const Round& round, const ForwardScratch<Tile>& scratch,
+                    void* stream) {
+  launch({"chunk_attention_forward", dim3(columns_of<Product>(args), static_cast<unsigned>(round.count)),
+          dim3(kTileThreads), kSlabBytes<Product>, stream},
+         chunk_attention_forward_kernel<T, Tile, Product, kPacked>, args, round, scratch);
+}
+
+// launch_product(args, round, scratch, stream): the tiles of o.
+template <class T, class Tile, bool kPacked, class Launch>
+void forward(const ChunkAttentionForward& args, void* stream, Launch&& launch_product) {
   const ForwardScratch<Tile> scratch(args);
-  // One block even where E is 0, since it writes lse.
-  const auto columns = static_cast<unsigned>(args.E == 0 ? 1 : ceil_div(args.E, Product::kTileColumns));
   for_rounds(Strips::of(args, Tile::kTile, false), scratch.strips, [&](const Round& round) {
-    const auto key_tiles = static_cast<unsigned>(scratch.key_tiles), y = static_cast<unsigned>(round.count);
-    launch({"chunk_attention_weigh", dim3(key_tiles, y), dim3(kTileThreads), kSlabBytes<Tile>, stream},
+    launch({"chunk_attention_weigh", dim3(static_cast<unsigned>(scratch.key_tiles), static_cast<unsigned>(round.count)),
+            dim3(kTileThreads), kSlabBytes<Tile>, stream},
            chunk_attention_weigh_kernel<T, Tile, kPacked>, args, round, scratch);
-    launch({"chunk_attention_forward", dim3(columns, y), dim3(kTileThreads), kSlabBytes<Product>, stream},
-           chunk_attention_forward_kernel<T, Tile, Product, kPacked>, args, round, scratch);
+    launch_product(args, round, scratch, stream);
   });
 }
 

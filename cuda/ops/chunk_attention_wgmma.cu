@@ -10,8 +10,7 @@
 // Numerics  as there.
 // Limits    bfloat16 and float16, S and E in packs of 8, more than 64 queries in a chunk; else chunk_attention.cu.
 #include "core/wgmma.cuh"
-#include "ops/chunk_attention_backward.cuh"
-#include "ops/chunk_attention_forward.cuh"
+#include "ops/chunk_attention_bulk.cuh"
 #include "ops/chunk_attention_wgmma.cuh"
 
 namespace megalodon::cuda {
@@ -33,15 +32,25 @@ void visit_tiles(DType dtype, int64_t columns, F&& f) {
 
 void chunk_attention_wgmma_forward(const ChunkAttentionForward& args, void* stream) {
   visit_tiles(args.dtype, args.E, [&](auto type, auto tile, auto product) {
-    forward<typename decltype(type)::type, typename decltype(tile)::type, typename decltype(product)::type, true>(
-        args, stream);
+    using T = typename decltype(type)::type;
+    using Tile = typename decltype(tile)::type;
+    using Product = typename decltype(product)::type;
+    if constexpr (Product::kTileColumns > 128) {
+      if (uses_bulk(args)) return forward<T, Tile, true>(args, stream, launch_bulk_forward<T, Tile, Product>);
+    }
+    forward<T, Tile, true>(args, stream, launch_forward<T, Tile, Product, true>);
   });
 }
 
 void chunk_attention_wgmma_backward(const ChunkAttentionBackward& args, void* stream) {
   visit_tiles(args.dtype, args.E > args.S ? args.E : args.S, [&](auto type, auto tile, auto product) {
-    backward<typename decltype(type)::type, typename decltype(tile)::type, typename decltype(product)::type, true>(
-        args, stream);
+    using T = typename decltype(type)::type;
+    using Tile = typename decltype(tile)::type;
+    using Product = typename decltype(product)::type;
+    if constexpr (Product::kTileColumns > 128) {
+      if (uses_bulk(args)) return backward<T, Tile, true>(args, stream, launch_bulk_backward<T, Tile, Product>);
+    }
+    backward<T, Tile, true>(args, stream, launch_backward<T, Tile, Product, true>);
   });
 }
 

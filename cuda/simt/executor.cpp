@@ -58,6 +58,7 @@ void open_barrier(Block& block) {
     if (thread.state == State::kAtBarrier) thread.state = State::kReady;
   }
   block.waiting = 0;
+  ++block.syncs;
   executor.idle_spins = 0;
   race_barrier(block);
 }
@@ -110,6 +111,9 @@ void exit_thread(Thread& thread) {
   Warp& warp = *thread.warp;
   if (has_products_in_flight(warp)) fail("the warp exits before it has waited for its matrix products");
   if (block.live == 1 && !warpgroups_agree(block)) fail("the warps of a warpgroup have not issued the same wgmma");
+  if (block.live == 1 && has_tensor_copies_in_flight(block)) {
+    fail("the block exits before its tensor copies have come");
+  }
   thread.state = State::kDone;
   --block.live;
   warp.live &= ~(1u << thread.lane);
@@ -161,6 +165,9 @@ void start_block(uint32_t slot, uint64_t number) {
   block.epoch = 1;
   block.known.clear();
   block.wgmmas.clear();
+  block.rank = block.index.x % launch.cluster;
+  block.syncs = block.cluster_syncs = block.bulk_writes = 0;
+  block.mbarriers.clear();
   block.arena = executor.arenas + slot * kArenaBytes;
   reset_shared(block);
   block.threads.resize(count);
@@ -187,6 +194,7 @@ void start_block(uint32_t slot, uint64_t number) {
     thread.warp->live |= 1u << thread.lane;
     thread.state = State::kReady;
     thread.copies.clear();
+    thread.cluster_arrivals = 0;
     race_begin_thread(thread);
     thread.fiber.stack = executor.stacks + (slot * kMaxThreads + i) * executor.stack_bytes;
     thread.fiber.stack_bytes = executor.stack_bytes;
@@ -266,16 +274,22 @@ bool turn(Block& block) {
   }
 }
 
-// The n-th block to be started. Random: the blocks are shuffled.
+// The n-th block to be started. Random: the blocks are shuffled, but those of a cluster follow each other.
 std::vector<uint32_t> block_order(uint64_t count) {
-  std::vector<uint32_t> order(count);
-  for (uint64_t i = 0; i < count; ++i) {
-    order[i] = static_cast<uint32_t>(executor.order == Order::kReverse ? count - 1 - i : i);
-  }
+  const uint32_t cluster = executor.launch->cluster;
+  const uint64_t clusters = count / cluster;
+  std::vector<uint64_t> order(clusters);
+  for (uint64_t i = 0; i < clusters; ++i) order[i] = executor.order == Order::kReverse ? clusters - 1 - i : i;
   if (executor.order == Order::kRandom) {
-    for (uint64_t i = count; i > 1; --i) std::swap(order[i - 1], order[executor.random() % i]);
+    for (uint64_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[executor.random() % i]);
   }
-  return order;
+  std::vector<uint32_t> blocks;
+  for (const uint64_t i : order) {
+    for (uint32_t rank = 0; rank < cluster; ++rank) {
+      blocks.push_back(static_cast<uint32_t>(i * cluster + rank));
+    }
+  }
+  return blocks;
 }
 
 void report_deadlock() {
@@ -321,6 +335,7 @@ void run_all_blocks(uint64_t count) {
       if (!executor.error.empty()) return;
       if (block.live == 0) {
         block.active = false;
+        if (!executor.is_done.empty()) executor.is_done[block.number] = true;
         ++finished;
         ran = true;
       }
@@ -403,7 +418,8 @@ void run(const Launch& launch, const std::function<void()>& body) {
   const uint64_t threads = uint64_t{launch.block.x} * launch.block.y * launch.block.z;
   const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   if (threads == 0 || threads > kMaxThreads || launch.block.z > 64 || blocks == 0 || launch.grid.x > 0x7fffffff ||
-      launch.grid.y > 65535 || launch.grid.z > 65535 || launch.shared_bytes > kMaxSharedBytes) {
+      launch.grid.y > 65535 || launch.grid.z > 65535 || launch.shared_bytes > kMaxSharedBytes || launch.cluster < 1 ||
+      launch.cluster > kResidentBlocks || launch.grid.x % launch.cluster != 0) {
     throw std::runtime_error(std::string("simt: invalid launch configuration for kernel ") + launch.kernel);
   }
   allocate_memory();
@@ -416,6 +432,8 @@ void run(const Launch& launch, const std::function<void()>& body) {
   executor.error.clear();
   builtins.block_dim = launch.block;
   builtins.grid_dim = launch.grid;
+  executor.is_done.assign(launch.cluster > 1 ? blocks : 0, false);
+  executor.of_clusters.clear();
   race_begin_launch();
   run_all_blocks(blocks);
   release_shared();

@@ -17,6 +17,7 @@ constexpr uint32_t kMaxThreads = 1024;          // per block
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // per block, of an H100
 constexpr size_t kArenaBytes = 256 * 1024;      // with room for the red zones
 constexpr size_t kRedZoneBytes = 64;
+constexpr int kNanByte = 0xff;                   // 0xff... is NaN in every floating-point type and -1 in every integer
 constexpr uint64_t kMaxIdleSpins = 1000 * 1000;  // spins without any progress: a livelock
 
 // What is known to have happened before: accesses of a block, warp or thread (the key) with a smaller number than the
@@ -43,7 +44,29 @@ struct WarpSums {
 };
 
 struct Block;
+struct Thread;
 struct Warp;
+
+// A tensor copy on its way into the shared memory of one block.
+struct TensorCopy {
+  TensorMap map;
+  int at[3];
+  char* shared;
+  int bytes;
+};
+
+// A barrier in a block's shared memory. See bulk.cpp.
+struct Mbarrier {
+  int count, missing;  // arrivals that end a phase, and those of them still to come
+  uint32_t phase;      // how many have ended
+  int64_t bytes;       // expected in this one, less those that have come
+  std::vector<TensorCopy> copies;
+  Knowledge arriving, published;  // of those who have arrived in this phase; in the last one
+  // Who initialised it, and the barriers its block had passed then.
+  const Thread* thread;
+  uint32_t syncs, cluster_syncs;
+  bool fenced;
+};
 
 enum class State : uint8_t { kReady, kAtBarrier, kAtWarpOp, kDone };
 
@@ -68,6 +91,7 @@ struct Thread {
   uint32_t clock;
   uint16_t proxy_fences;
   Knowledge known, pending, released;
+  uint32_t cluster_arrivals;
 };
 
 struct Warp {
@@ -101,6 +125,11 @@ struct Block {
   uint32_t epoch;  // barriers passed
   Knowledge known;
   std::unordered_map<uint32_t, std::vector<Wgmma>> wgmmas;  // all that its warpgroups have issued
+  // In its cluster, if there are any.
+  uint32_t rank;
+  uint32_t syncs, cluster_syncs;                           // barriers of the block, of the cluster, that it has passed
+  uint32_t bulk_writes;                                    // into its shared memory
+  std::unordered_map<std::ptrdiff_t, Mbarrier> mbarriers;  // by their places
 };
 
 enum class Order { kForward, kReverse, kRandom, kLockstep };
@@ -116,6 +145,8 @@ struct Executor {
   Order order = Order::kForward;
   uint64_t random_state = 1;
   uint64_t idle_spins = 0;
+  std::vector<bool> is_done;                            // of all blocks, where there are clusters
+  std::unordered_map<uint32_t, Knowledge> of_clusters;  // published at their barriers, by their first block's number
   std::string error;
 
   uint32_t random() {  // xorshift64
@@ -148,6 +179,9 @@ bool has_copies_in_flight(const Thread& thread);
 bool has_products_in_flight(const Warp& warp);
 bool warpgroups_agree(const Block& block);
 
+// Tensor copies (bulk.cpp).
+bool has_tensor_copies_in_flight(const Block& block);
+
 // The race detector (race.cpp); all of it is empty in the other builds.
 void race_begin_launch();
 void race_begin_thread(Thread& thread);
@@ -157,5 +191,10 @@ void race_read(const void* address, size_t bytes);
 void race_write(const void* address, size_t bytes);
 // By wgmma: what the writer has not fenced it does not see.
 void race_read_async(const void* address, size_t bytes);
+// By a tensor copy, into any block's shared memory: whoever takes over `arrival` knows of it.
+void race_write_bulk(Block& owner, const void* address, size_t bytes, Knowledge& arrival);
+// Adds what this thread knows; takes it over.
+void race_publish(Knowledge& into);
+void race_acquire(const Knowledge& from);
 
 }  // namespace megalodon::simt

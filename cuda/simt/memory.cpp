@@ -13,8 +13,6 @@
 namespace megalodon::simt {
 namespace {
 
-constexpr int kNanByte = 0xff;  // 0xff... is NaN in every floating-point type and -1 in every integer
-
 char* take(Block& block, size_t bytes, size_t alignment, const char* name) {
   const size_t begin = (block.arena_used + kRedZoneBytes + alignment - 1) / alignment * alignment;
   if (begin + bytes + kRedZoneBytes > kArenaBytes) fail("shared memory is exhausted at %s (%zu bytes)", name, bytes);

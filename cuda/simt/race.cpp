@@ -25,6 +25,7 @@ namespace megalodon::simt {
 namespace {
 
 constexpr uint16_t kSeveral = 0xffff;  // threads or warps
+constexpr uint16_t kBulk = 0xfffe;     // stands for the thread of all tensor copies into a block's shared memory
 constexpr uintptr_t kPageBytes = 4096;
 constexpr uintptr_t kCellBytes = 2;
 
@@ -209,7 +210,7 @@ void race_read_async(const void* address, size_t bytes) {
   const Block& block = *executor.current->block;
   for (size_t i = 0; i < bytes; i += kCellBytes) {
     const Access& write = cell_of(reinterpret_cast<uintptr_t>(address) + i)->write;
-    if (block.threads[write.thread].proxy_fences == write.proxy_fences) {
+    if (write.thread != kBulk && block.threads[write.thread].proxy_fences == write.proxy_fences) {
       fail("wgmma reads what thread %u has written (code at %s) and not made visible by fence_async_proxy",
            write.thread, place_of(write.code).c_str());
     }
@@ -217,6 +218,34 @@ void race_read_async(const void* address, size_t bytes) {
 }
 
 void fence_async_proxy() { ++executor.current->proxy_fences; }
+
+void race_write_bulk(Block& owner, const void* address, size_t bytes, Knowledge& arrival) {
+  const Thread& thread = *executor.current;
+  const Access now = access_of(thread, false, __builtin_return_address(0));
+  const uint32_t number = ++owner.bulk_writes;
+  for (size_t i = 0; i < bytes; i += kCellBytes) {
+    const auto* at = static_cast<const char*>(address) + i;
+    Cell& cell = *cell_of(reinterpret_cast<uintptr_t>(at));
+    if (cell.write.block == owner.number) check(cell.write, "write", now, "tensor copy", at, thread);
+    // Of reads by several warps it is not known what each of them has published.
+    if (cell.read.block == owner.number && cell.read.warp != kSeveral) {
+      check(cell.read, "read", now, "tensor copy", at, thread);
+    }
+    cell.write = {owner.epoch, owner.number, 0, number, kBulk, kBulk, false, 0, now.code};
+    cell.read.epoch = 0;
+  }
+  arrival[key_of(kThread, owner.number, kBulk)] = number + 1;
+}
+
+void race_publish(Knowledge& into) {
+  on_fence();
+  learn(into, executor.current->released);
+}
+
+void race_acquire(const Knowledge& from) {
+  learn(executor.current->pending, from);
+  on_fence();
+}
 
 void on_fence() {
   Thread& thread = *executor.current;
@@ -281,6 +310,9 @@ void race_warp_sync(Warp&, uint32_t) {}
 void race_read(const void*, size_t) {}
 void race_write(const void*, size_t) {}
 void race_read_async(const void*, size_t) {}
+void race_write_bulk(Block&, const void*, size_t, Knowledge&) {}
+void race_publish(Knowledge&) {}
+void race_acquire(const Knowledge&) {}
 void fence_async_proxy() {}
 void on_fence() {}
 void on_atomic(const void*, int, bool, bool writes, bool, bool) {

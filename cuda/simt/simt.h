@@ -47,7 +47,8 @@ struct Site {
 struct Launch {
   const char* kernel;
   dim3 grid, block;
-  size_t shared_bytes;  // of dynamic shared memory
+  size_t shared_bytes;   // of dynamic shared memory
+  unsigned cluster = 1;  // blocks that follow each other along x
 };
 
 // Whether the GPU that the executor stands for is a Hopper: MEGALODON_SIMT_ARCHITECTURE = 90 (default) or 80.
@@ -139,6 +140,30 @@ void wgmma_wait(int groups_left, Site site);
 // What this thread has written to shared memory wgmma may read, after a barrier.
 void fence_async_proxy();
 uint32_t shared_address(const void* shared);
+
+// ---- barriers in shared memory, tensor copies, clusters
+// ---------------------------------------------------------------
+
+// A tensor of 16-bit numbers, the first dimension contiguous, and the box of it that a copy takes.
+struct TensorMap {
+  const void* base;
+  int64_t sizes[3];
+  int64_t strides[2];  // of the others, in bytes
+  int box[3];
+};
+// Boxes of 64 x 1 x lines; sizes and strides in numbers.
+TensorMap tensor_map(const void* base, const int64_t (&sizes)[3], const int64_t (&strides)[2], int lines);
+
+void mbarrier_init(uint64_t* barrier, int count);
+void fence_barrier_init();
+void mbarrier_arrive(uint64_t* barrier, int count, uint32_t rank);  // at the same place in the block of that rank
+void mbarrier_expect(uint64_t* barrier, int bytes);                 // and arrives
+void mbarrier_wait(uint64_t* barrier, int parity);
+// The box at `at` to the same place of all blocks in `ranks`, zeros beyond the tensor, arriving at their barriers.
+void tensor_copy(void* shared, const TensorMap& map, const int (&at)[3], uint64_t* barrier, uint32_t ranks);
+uint32_t cluster_rank();
+void cluster_arrive();
+void cluster_wait();
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 

@@ -34,20 +34,18 @@ struct Descriptor {
 template <class Visit>
 void for_packs(const Block& block, uint64_t bits, bool transposed, int first, int rows, Visit&& visit) {
   const Descriptor descriptor(bits);
-  int pack = 0;
   for (int row = first; row < first + rows; row += transposed ? 8 : 1) {
     for (int depth = 0; depth < kDepths; depth += transposed ? 1 : 8) {
-      visit(block.arena + descriptor.place(transposed, row, depth), pack++);
+      visit(block.arena + descriptor.place(transposed, row, depth));
     }
   }
 }
 
-// What the lanes read of both operands, a pack by one of them.
+// What a warp reads of both operands, as if its first lane did.
 void read_operands(const Thread& thread, const Wgmma& wgmma) {
 #if defined(MEGALODON_SIMT_RACE)
-  const auto read = [&](const char* pack, int number) {
-    if (number % 32 == static_cast<int>(thread.lane)) race_read_async(pack, 16);
-  };
+  if (thread.lane != 0) return;
+  const auto read = [](const char* pack) { race_read_async(pack, 16); };
   const int first = static_cast<int>(thread.warp->index) % kWarps * 16;
   for_packs(*thread.block, wgmma.a, wgmma.transposed_a, first, 16, read);
   for_packs(*thread.block, wgmma.b, wgmma.transposed_b, 0, wgmma.columns, read);

@@ -2,6 +2,7 @@
 // what it must catch.
 #include <stdexcept>
 
+#include "core/bulk.cuh"
 #include "core/mma.cuh"
 #include "core/portable.cuh"
 #include "core/wgmma.cuh"
@@ -272,6 +273,64 @@ __global__ void warpgroup_product_kernel(const float* a, const float* b, float* 
   if (kBug != Bug::kEarlySums) write();
 }
 
+// ---- tensor copies: the first warp adds tiles that a thread of the second brings, two blocks share each
+// -----------------
+
+struct alignas(1024) LineTile {
+  uint16_t v[8][64];
+};
+
+template <Bug kBug>
+__global__ void tensor_tiles_kernel(GRID_CONSTANT TensorMap map, uint32_t* sums, int tiles) {
+  constexpr int kStages = 2, kBytes = sizeof(LineTile);
+  DYNAMIC_SHARED(LineTile, stages);
+  SHARED(Barrier, full, [kStages + 1]);
+  SHARED(Barrier, free, [kStages]);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const uint32_t rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      full[i].init(1);
+      free[i].init(2);
+    }
+    full[kStages].init(1);
+    if (kBug != Bug::kMissingBarrierFence) fence_barrier_init();
+  }
+  if (kBug == Bug::kMissingClusterSync) {
+    sync_block();
+  } else {
+    sync_cluster();
+  }
+  if (threadIdx.x >= 32) {
+    for (int i = 0; lane == 0 && i < tiles; ++i) {
+      const int stage = i % kStages;
+      if (kBug != Bug::kMissingFreeWait) free[stage].wait(i / kStages % 2 ^ 1);
+      full[stage].expect(kBug == Bug::kFewBytes ? kBytes / 2 : kBug == Bug::kManyBytes ? 2 * kBytes : kBytes);
+      if (i % 2 == static_cast<int>(rank)) tensor_copy(&stages[stage], map, 0, 0, i * 8, full[stage], 3);
+    }
+    if (kBug == Bug::kUnwaitedCopy && lane == 0) tensor_copy(&stages[kStages], map, 0, 0, 0, full[kStages]);
+  } else {
+    uint32_t sum[16] = {};
+    for (int i = 0; i < tiles; ++i) {
+      const int stage = i % kStages, line = lane / 4;
+      if (kBug != Bug::kMissingFullWait) full[stage].wait(i / kStages % 2);
+      const auto release = [&] {
+        free[stage].arrive();
+        free[stage].arrive_at(rank ^ 1);
+      };
+      if (kBug == Bug::kEarlyRelease && lane == 0) release();
+      for (int n = 0; n < 16; ++n) {
+        const int at = lane % 4 * 16 + n;
+        sum[n] += stages[stage].v[line][(at / 8 ^ line) * 8 + at % 8];
+      }
+      sync_warp();  // all have read it
+      if (kBug != Bug::kEarlyRelease && (lane == 0 || kBug == Bug::kManyArrivals)) release();
+    }
+    for (int n = 0; n < 16; ++n) sums[rank * 512 + lane * 16 + n] = sum[n];
+  }
+  if (kBug != Bug::kEarlyExit) sync_cluster();  // nobody arrives or copies here any more
+}
+
 // ---- waits that never end -------------------------------------------------------------------------------------------
 
 __global__ void deadlock_kernel(float* y) {
@@ -351,6 +410,16 @@ void warpgroup_product(Bug bug, const float* a, const float* b, float* product) 
         launch({"warpgroup_product", dim3(1), dim3(kThreads), 192 * 64 * 2}, warpgroup_product_kernel<kBug()>, a, b,
                product);
       });
+}
+
+void tensor_tiles(Bug bug, const uint16_t* x, uint32_t* sums, int tiles) {
+  const TensorMap map = tensor_map("tensor_tiles", x, {64, 1, int64_t{tiles} * 8}, {64, 64}, 8);
+  with_bug<Bug::kNone, Bug::kMissingFullWait, Bug::kMissingFreeWait, Bug::kEarlyRelease, Bug::kMissingClusterSync,
+           Bug::kMissingBarrierFence, Bug::kEarlyExit, Bug::kFewBytes, Bug::kManyBytes, Bug::kManyArrivals,
+           Bug::kUnwaitedCopy>(bug, [&](auto kBug) {
+    launch({"tensor_tiles", dim3(2), dim3(64), 3 * sizeof(LineTile), nullptr, 2}, tensor_tiles_kernel<kBug()>, map,
+           sums, tiles);
+  });
 }
 
 void waits(Bug bug, const float* x, float* y) {

@@ -134,6 +134,22 @@ bool warpgroup_product(Bug bug) {
   return right;
 }
 
+bool tensor_tiles(Bug bug) {
+  const int tiles = 9;
+  std::vector<uint16_t> storage(tiles * 512 + 8);
+  auto* x = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16);
+  for (int i = 0; i < tiles * 512; ++i) x[i] = static_cast<uint16_t>(i * 31 % 8191);
+  std::vector<uint32_t> sums(1024, ~0u);
+  megalodon::cuda::tensor_tiles(bug, x, sums.data(), tiles);
+  bool right = true;
+  for (int i = 0; i < 1024; ++i) {
+    uint32_t sum = 0;
+    for (int tile = 0; tile < tiles; ++tile) sum += x[tile * 512 + i % 512];
+    right &= sums[i] == sum;
+  }
+  return right;
+}
+
 const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", row_sum},
                                                                   {"scan", scan},
                                                                   {"pipeline", pipeline},
@@ -142,7 +158,8 @@ const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", ro
                                                                   {"waits", waits},
                                                                   {"load_matrices", load_matrices},
                                                                   {"matrix_product", matrix_product},
-                                                                  {"warpgroup_product", warpgroup_product}};
+                                                                  {"warpgroup_product", warpgroup_product},
+                                                                  {"tensor_tiles", tensor_tiles}};
 
 const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_mask", Bug::kMissingMask},
@@ -167,7 +184,17 @@ const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_wgmma_fence", Bug::kMissingWgmmaFence},
                                           {"missing_wgmma_wait", Bug::kMissingWgmmaWait},
                                           {"early_sums", Bug::kEarlySums},
-                                          {"overwritten_operand", Bug::kOverwrittenOperand}};
+                                          {"overwritten_operand", Bug::kOverwrittenOperand},
+                                          {"missing_full_wait", Bug::kMissingFullWait},
+                                          {"missing_free_wait", Bug::kMissingFreeWait},
+                                          {"early_release", Bug::kEarlyRelease},
+                                          {"missing_cluster_sync", Bug::kMissingClusterSync},
+                                          {"missing_barrier_fence", Bug::kMissingBarrierFence},
+                                          {"early_exit", Bug::kEarlyExit},
+                                          {"few_bytes", Bug::kFewBytes},
+                                          {"many_bytes", Bug::kManyBytes},
+                                          {"many_arrivals", Bug::kManyArrivals},
+                                          {"unwaited_copy", Bug::kUnwaitedCopy}};
 
 }  // namespace
 

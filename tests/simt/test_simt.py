@@ -58,6 +58,21 @@ SEEDED = {
     ("warpgroup_product", "missing_wgmma_wait"): ("has waited for its matrix products",) * 3,
     ("warpgroup_product", "early_sums"): ("wrong",) * 3,
     ("warpgroup_product", "overwritten_operand"): ("wrong", "wrong", "wgmma reads what thread"),
+    ("tensor_tiles", "missing_full_wait"): (
+        "an arrival at a barrier whose phase",
+        "an arrival at a barrier whose phase",
+        "shared memory that nobody has written",
+    ),
+    ("tensor_tiles", "missing_free_wait"): ("an arrival at a barrier whose phase",) * 3,
+    ("tensor_tiles", "early_release"): ("", "", "RACE: tensor copy of shared memory"),
+    ("tensor_tiles", "missing_cluster_sync"): ("block 1 of the cluster, which may not have begun",)
+    * 3,
+    ("tensor_tiles", "missing_barrier_fence"): ("before its initialisation is visible",) * 3,
+    ("tensor_tiles", "early_exit"): ("of the cluster, which has exited",) * 3,
+    ("tensor_tiles", "few_bytes"): ("more bytes have come to a barrier than were expected",) * 3,
+    ("tensor_tiles", "many_bytes"): ("LIVELOCK",) * 3,
+    ("tensor_tiles", "many_arrivals"): ("LIVELOCK",) * 3,
+    ("tensor_tiles", "unwaited_copy"): ("before its tensor copies have come",) * 3,
     ("waits", "deadlock"): ("DEADLOCK",) * 3,
     ("waits", "wrong_mask"): ("the calling lane 16 is not in the mask 0000ffff",) * 3,
 }
@@ -70,6 +85,7 @@ KERNELS = (
     "load_matrices",
     "matrix_product",
     "warpgroup_product",
+    "tensor_tiles",
     "waits",
 )
 
