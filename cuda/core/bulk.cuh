@@ -57,13 +57,15 @@ struct alignas(8) Barrier {
 #endif
   }
 
-  // At the barrier that stands here in the cluster's block `rank`.
+  // At the barrier that stands here in the cluster's block `rank`. What the other block may then do is copy over what
+  // wgmma has read here: for other accesses to be ordered between blocks (.release.cluster, .acquire.cluster in wait)
+  // each arrival would be a fence of the GPU, each wait would empty the L1 cache.
   DEVICE void arrive_at(uint32_t rank) {
 #if MEGALODON_NVCC
     asm volatile(
         "{\n\t.reg .b32 there;\n\t"
         "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(address()),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(address()),
         "r"(rank)
         : "memory");
 #else
@@ -87,7 +89,7 @@ struct alignas(8) Barrier {
     while (is_over == 0) {
       asm volatile(
           "{\n\t.reg .pred over;\n\t"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
           "selp.u32 %0, 1, 0, over;\n\t}"
           : "=r"(is_over)
           : "r"(address()), "r"(parity)
@@ -160,26 +162,28 @@ DEVICE uint32_t cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster that have not exited, in two halves.
-DEVICE void arrive_cluster() {
+// A barrier of all threads of the cluster that have not exited, in two halves, by whole warps.
+DEVICE void arrive_cluster([[maybe_unused]] Site site = Site::here()) {
+  sync_warp(kAllLanes, site);
 #if MEGALODON_NVCC
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #else
   simt::cluster_arrive();
 #endif
 }
 
-DEVICE void wait_cluster() {
+DEVICE void wait_cluster([[maybe_unused]] Site site = Site::here()) {
+  sync_warp(kAllLanes, site);
 #if MEGALODON_NVCC
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   simt::cluster_wait();
 #endif
 }
 
-DEVICE void sync_cluster() {
-  arrive_cluster();
-  wait_cluster();
+DEVICE void sync_cluster([[maybe_unused]] Site site = Site::here()) {
+  arrive_cluster(site);
+  wait_cluster(site);
 }
 
 }  // namespace megalodon::cuda

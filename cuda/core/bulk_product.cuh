@@ -1,4 +1,4 @@
-// The tiles of core/tile_product.cuh by tensor copies (core/bulk.cuh): two warpgroups multiply, one thread of a third
+// The tiles of core/tile_product.cuh by tensor copies (core/bulk.cuh): two warpgroups multiply, a thread of a third
 // brings their slabs. Two blocks of a cluster whose operands b are the same bring half of each slab of it to both.
 #pragma once
 
@@ -67,43 +67,45 @@ struct BulkRing {
     fence_barrier_init();
   }
 
-  // By all threads, of both blocks of a pair: brings() by one thread of the third warpgroup, multiplies() by the
+  // By all threads, of both blocks of a pair: brings() by a warp of the third warpgroup, multiplies() by the
   // others.
   template <class Brings, class Multiplies>
   DEVICE void run(Brings&& brings, Multiplies&& multiplies) {
-    sync_block();
+    sync_cluster();
     if (slabs.count == 0) return;
-    if (slabs.shared > 0) sync_cluster();
     if (threadIdx.x >= kTileThreads) {
       shrink_registers<40>();
-      if (threadIdx.x == kTileThreads) brings();
+      if (threadIdx.x < kTileThreads + 32) brings();
     } else {
       grow_registers<232>();
       multiplies();
     }
   }
 
-  // By one thread. a.copy(slab, depth, barrier) asks for a whole slab; b.copy(slab, part, depth, barrier, ranks...) for
-  // 64 columns of it.
+  // By a warp, of which one thread does it. a.copy(slab, depth, barrier) asks for a whole slab; b.copy(slab, part,
+  // depth, barrier, ranks...) for 64 columns of it.
   template <class A, class B>
   DEVICE void bring(typename Tile::Stage* stages, const A& a, const B& b) {
     constexpr int kParts = Tile::kTileColumns / Tile::kLine;
     const int shared = slabs.shared, count = slabs.count;
     const int rank = static_cast<int>(cluster_rank());
-    ROLL for (int i = 0; i < count; ++i) {
-      const int stage = i % kStages, parity = i / kStages % 2;
-      const bool shares = i < shared;
-      const int64_t depth = slabs.template depth<Tile>(i);
+    const auto ask = [&](int slab) {
+      const int stage = slab % kStages, parity = slab / kStages % 2;
+      const int64_t depth = slabs.template depth<Tile>(slab);
       free[stage].wait(1 - parity);
       full[stage].expect(sizeof(typename Tile::Stage));
       a.copy(stages[stage].a, depth, full[stage]);
+      UNROLL
       for (int part = 0; part < kParts; ++part) {
-        if (!shares) {
+        if (slab >= shared) {
           b.copy(stages[stage].b, part, depth, full[stage]);
         } else if (part / (kParts / 2) == rank) {
           b.copy(stages[stage].b, part, depth, full[stage], uint16_t{3});
         }
       }
+    };
+    ROLL for (int i = 0; i < count; ++i) {
+      if (threadIdx.x % 32 == 0) ask(i);
       if (i == shared - 1) arrive_cluster();
     }
     if (shared > 0) wait_cluster();

@@ -62,37 +62,39 @@ void arrive(Mbarrier& barrier, int count) {
   complete_if_done(barrier);
 }
 
-// Bytes of the box's line (y, z) that are in the tensor, and where they are.
-const char* line_of(const TensorCopy& copy, int y, int z, int& bytes) {
+// A line of a box: which of its bytes are in the tensor, and where they come from.
+struct Line {
+  int begin, end;
+  const char* from;
+};
+
+Line line_of(const TensorCopy& copy, int y, int z) {
   const TensorMap& map = copy.map;
-  const int64_t at[3] = {copy.at[0], int64_t{copy.at[1]} + y, int64_t{copy.at[2]} + z};
-  bytes = 0;
-  for (int i = 0; i < 3; ++i) {
-    if (at[i] < 0 || at[i] >= map.sizes[i]) return nullptr;
+  const int64_t x = copy.at[0], at[2] = {int64_t{copy.at[1]} + y, int64_t{copy.at[2]} + z};
+  const int64_t begin = x < 0 ? -x : 0, end = map.sizes[0] - x < map.box[0] ? map.sizes[0] - x : map.box[0];
+  for (int i = 0; i < 2; ++i) {
+    if (at[i] < 0 || at[i] >= map.sizes[i + 1]) return {};
   }
-  const int64_t left = map.sizes[0] - at[0];
-  bytes = static_cast<int>((left < map.box[0] ? left : map.box[0]) * 2);
-  return static_cast<const char*>(map.base) + at[0] * 2 + at[1] * map.strides[0] + at[2] * map.strides[1];
+  if (begin >= end) return {};
+  return {static_cast<int>(begin) * 2, static_cast<int>(end) * 2,
+          static_cast<const char*>(map.base) + (x + begin) * 2 + at[0] * map.strides[0] + at[1] * map.strides[1]};
 }
 
+// visit(number, line)
 template <class Visit>
 void for_lines(const TensorCopy& copy, Visit&& visit) {
-  int line = 0;
+  int number = 0;
   for (int z = 0; z < copy.map.box[2]; ++z) {
-    for (int y = 0; y < copy.map.box[1]; ++y, ++line) {
-      int bytes;
-      const char* from = line_of(copy, y, z, bytes);
-      visit(line, from, bytes);
-    }
+    for (int y = 0; y < copy.map.box[1]; ++y) visit(number++, line_of(copy, y, z));
   }
 }
 
 void complete(const TensorCopy& copy) {
-  for_lines(copy, [&](int line, const char* from, int bytes) {
+  for_lines(copy, [&](int number, const Line& line) {
     char whole[kLineBytes] = {};
-    if (bytes > 0) std::memcpy(whole, from, bytes);
+    if (line.begin < line.end) std::memcpy(whole + line.begin, line.from, line.end - line.begin);
     for (int pack = 0; pack < kLineBytes / 16; ++pack) {  // the destination is aligned to a pattern of 8 lines
-      std::memcpy(copy.shared + line * kLineBytes + (pack ^ line % 8) * 16, whole + pack * 16, 16);
+      std::memcpy(copy.shared + number * kLineBytes + (pack ^ number % 8) * 16, whole + pack * 16, 16);
     }
   });
 }
@@ -201,8 +203,8 @@ void tensor_copy(void* shared, const TensorMap& map, const int (&at)[3], uint64_
   }
   if (ranks == 0 || ranks >> executor.launch->cluster != 0) fail("a tensor copy to blocks %#x of a cluster", ranks);
   TensorCopy copy{map, {at[0], at[1], at[2]}, nullptr, bytes};
-  for_lines(copy, [](int, const char* from, int read) {
-    if (read > 0) race_read(from, read);
+  for_lines(copy, [](int, const Line& line) {
+    if (line.begin < line.end) race_read(line.from, line.end - line.begin);
   });
   for (uint32_t rank = 0; rank < executor.launch->cluster; ++rank) {
     if ((ranks >> rank & 1) == 0) continue;

@@ -335,7 +335,7 @@ void run_all_blocks(uint64_t count) {
       if (!executor.error.empty()) return;
       if (block.live == 0) {
         block.active = false;
-        if (!executor.is_done.empty()) executor.is_done[block.number] = true;
+        executor.is_done[block.number] = true;
         ++finished;
         ran = true;
       }
@@ -432,7 +432,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
   executor.error.clear();
   builtins.block_dim = launch.block;
   builtins.grid_dim = launch.grid;
-  executor.is_done.assign(launch.cluster > 1 ? blocks : 0, false);
+  executor.is_done.assign(blocks, false);
   executor.of_clusters.clear();
   race_begin_launch();
   run_all_blocks(blocks);

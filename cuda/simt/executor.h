@@ -145,7 +145,7 @@ struct Executor {
   Order order = Order::kForward;
   uint64_t random_state = 1;
   uint64_t idle_spins = 0;
-  std::vector<bool> is_done;                            // of all blocks, where there are clusters
+  std::vector<bool> is_done;                            // by blocks' numbers
   std::unordered_map<uint32_t, Knowledge> of_clusters;  // published at their barriers, by their first block's number
   std::string error;
 

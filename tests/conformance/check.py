@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conformance import wgmma
+from conformance import bulk, wgmma
 
 VECTORS = Path(__file__).with_name("vectors.json")
 SHOWN = 4  # mistakes of one case
@@ -87,11 +87,11 @@ def mistakes(run: Run, wrapper: str, vectors: dict[str, Any]) -> list[str]:
 
 def all_vectors() -> dict[str, Any]:
     """By the names of the wrappers."""
-    return {**json.loads(VECTORS.read_text()), **wgmma.vectors()}
+    return {**json.loads(VECTORS.read_text()), **wgmma.vectors(), **bulk.vectors()}
 
 
 def check(run: Run) -> dict[str, list[str]]:
-    """The mistakes of every wrapper that runs here: those of wgmma on Hopper alone."""
+    """The mistakes of every wrapper that runs here: Hopper's own on Hopper alone."""
     names = run("--list", b"").decode().split("\n")
     vectors = {name: of for name, of in all_vectors().items() if name in names}
     return {wrapper: mistakes(run, wrapper, of) for wrapper, of in vectors.items()}

@@ -1,7 +1,7 @@
-// conformance WRAPPER < registers > registers: runs one wrapper of core/mma.cuh or core/wgmma.cuh on raw registers, on
-// the GPU (nvcc) or in the executor (g++). In: 32-bit words, case after case, each of all lanes with the wrapper's
-// input registers; out: as many cases with its output registers. What is right check.py knows. conformance --list: the
-// names of those that run here. Not yet run on a GPU.
+// conformance WRAPPER < registers > registers: runs one wrapper of core/mma.cuh, wgmma.cuh or bulk.cuh on raw
+// registers, on the GPU (nvcc) or in the executor (g++). In: 32-bit words, case after case, each of all lanes with the
+// wrapper's input registers; out: as many cases with its output registers. What is right check.py knows. conformance
+// --list: the names of those that run here. Not yet run on a GPU.
 #include "core/mma.cuh"
 #include "program.h"
 
@@ -75,7 +75,8 @@ int main(int argc, char** argv) {
   try {
     if (std::string(argv[1]) == "--list") {
       for (const auto& [name, run] : wrappers()) {
-        if (name.rfind("wgmma", 0) != 0 || has_wgmma()) std::printf("%s\n", name.c_str());
+        const bool is_hoppers = name.rfind("wgmma", 0) == 0 || name.rfind("tensor_copy", 0) == 0;
+        if (!is_hoppers || has_wgmma()) std::printf("%s\n", name.c_str());
       }
       return 0;
     }

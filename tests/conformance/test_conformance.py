@@ -28,15 +28,16 @@ def wrappers_of(header: str) -> set[str]:
     """The functions with a matrix instruction in them."""
     code = (ROOT / "cuda/core" / header).read_text()
     pieces = re.split(r"^(?=(?:template <[^>]*>\n)?DEVICE \w+ \w+\()", code, flags=re.MULTILINE)
-    instruction = r'"(mma\.sync|ldmatrix\.sync)|MEGALODON_WGMMA_128\("'
+    instruction = r'"(mma\.sync|ldmatrix\.sync|cp\.async\.bulk)|MEGALODON_WGMMA_128\("'
     return {re.search(r"DEVICE \w+ (\w+)", p)[1] for p in pieces if re.search(instruction, p)}
 
 
 def test_every_wrapper_has_vectors() -> None:
     """Each function with a matrix instruction, for each value of its template arguments."""
     names = list(all_vectors())
-    wrappers = wrappers_of("mma.cuh") | wrappers_of("wgmma.cuh")
-    assert wrappers == {name.split("<")[0] for name in names} == {"load_matrices", "mma", "wgmma"}
+    wrappers = wrappers_of("mma.cuh") | wrappers_of("wgmma.cuh") | wrappers_of("bulk.cuh")
+    assert wrappers == {name.split("<")[0] for name in names}
+    assert wrappers == {"load_matrices", "mma", "wgmma", "tensor_copy"}
     code = (ROOT / "cuda/core/mma.cuh").read_text()
     instructions = re.findall(r'"(mma\.sync|ldmatrix\.sync)[\w.]*', code)
     assert len(instructions) == len(json.loads(VECTORS.read_text()))
