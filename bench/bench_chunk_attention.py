@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import harness
 from harness import maker, measure, sizes
 from torch import Tensor
 
@@ -52,12 +53,38 @@ def test_chunk_attention(
     )
 
 
-LENGTHS = (1024, 96, 513, 17, 2048, 256, 1, 141)  # of segments, again and again: 512 on average
-
-
-def _unpacked(q: Tensor, k: Tensor, v: Tensor, C: int, *_: Any) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, C: int, *_: Any) -> Tensor:
     o: Tensor = OP.overload(q, k, v, C)[0]
     return o
+
+
+def _with_caches(
+    dtype: torch.dtype, B: int, L: int, H: int, S: int, E: int, C: int
+) -> tuple[Any, ...]:
+    caches = (torch.zeros(B, C, H, n, dtype=dtype) for n in (S, E))
+    position = torch.zeros(B, dtype=torch.int64)
+    return *_arguments(dtype, B, L, H, S, E, C), 0.0, 0, None, *caches, position
+
+
+@pytest.mark.parametrize(("H", "S", "E"), [(1, 256, 2048), (8, 64, 64)], ids=["mega", "S64"])
+@pytest.mark.parametrize("size", sizes((1, 4096, 0)), ids=str)
+def test_empty_caches(benchmark: Any, size: tuple[int, int, int], H: int, S: int, E: int) -> None:
+    """The same work, where on Hopper threads copy the slabs (chunk_attention_wgmma.cu) that without
+    caches come by tensor copies, to pairs of blocks.
+    """
+    if harness.device.type == "cpu":
+        pytest.skip("the same code there")
+    measure(
+        benchmark,
+        OP,
+        _with_caches(torch.bfloat16, *size[:2], H, S, E, 2048),
+        _with_caches(torch.bfloat16, 1, 200, H, S, E, 128),
+        floor="fma",
+        peers={"without caches": _plain},
+    )
+
+
+LENGTHS = (1024, 96, 513, 17, 2048, 256, 1, 141)  # of segments, again and again: 512 on average
 
 
 def _packed(dtype: torch.dtype, L: int, H: int, S: int, E: int, C: int) -> tuple[Any, ...]:
@@ -86,5 +113,5 @@ def test_packed(
         _packed(dtype, 200, H, S, E, 128),
         backward=backward,
         floor="fma",
-        peers={"unpacked": _unpacked},
+        peers={"unpacked": _plain},
     )

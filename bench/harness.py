@@ -220,10 +220,11 @@ def measure(
     tenths = statistics.quantiles(times["ours"], n=10)
     shapes = next(tuple(a.shape) for a in args if isinstance(a, Tensor))
     named = {argument.name: value for argument, value in zip(op.arguments, args, strict=False)}
-    packed = " packed" if named.get("cu_seqlens") is not None else ""
+    kinds = {"cu_seqlens": " packed", "k_cache": " cached"}
+    kind = "".join(text for name, text in kinds.items() if named.get(name) is not None)
     row = Row(
         op=op.name,
-        shape="x".join(map(str, shapes)) + packed,
+        shape="x".join(map(str, shapes)) + kind,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         direction="forward+backward" if backward else "forward",

@@ -3,10 +3,13 @@
 // Computes  what chunk_attention.cu does, by the same kernels (chunk_attention_forward.cuh, _backward.cuh).
 // Layout    as there; slabs in shared memory swizzled by 128 bytes, as wgmma reads them (core/wgmma.cuh).
 // Mapping   as there. Tiles of scores have 128 x 128, two blocks to a multiprocessor; tiles of o, dq, dk and dv 128 x
-//           256 where rows are longer than 128, one block, 128 sums to a thread. Two warpgroups multiply what all 256
-//           threads copy (cp.async), 64 deep, while the next one or two slabs are on their way.
-// Traffic   as there. A tile of 128 x 256 reads 48 KB from L2 for 4.2 MFLOP, which is expected to bind; slabs that
-//           blocks of a cluster share (TMA, multicast) would halve it.
+//           256 where rows are longer than 128, one block, 128 sums to a thread. Two warpgroups multiply slabs 64 deep
+//           while the next ones are on their way. Who brings them: tensor copies that one thread of a third warpgroup
+//           asks for, in pairs of blocks (chunk_attention_bulk.cuh), for wide tiles of whole calls; all threads
+//           (cp.async) for scores, narrow tiles, rows in caches and windows.
+// Traffic   as there. A tile of 128 x 256 reads 48 KB from L2 for 4.2 MFLOP, which is expected to bind; two blocks with
+//           the same columns and neighbouring strips of a chunk share those of the wide operand: 32 KB each. The last
+//           two slabs of the longer strip are its own.
 // Numerics  as there.
 // Limits    bfloat16 and float16, S and E in packs of 8, more than 64 queries in a chunk; else chunk_attention.cu.
 #include "core/wgmma.cuh"
