@@ -5,9 +5,9 @@ against the same tokens as one row.
 from itertools import accumulate, cycle, takewhile
 from typing import Any
 
+import harness
 import pytest
 import torch
-import harness
 from harness import maker, measure, sizes
 from torch import Tensor
 
