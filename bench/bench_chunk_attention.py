@@ -15,6 +15,29 @@ from megalodon_ops import registry
 
 OP = registry["chunk_attention"]
 
+# H, S, E, C: on a GPU those of Megalodon 7B, and heads that flash attention has, too.
+if harness.device.type == "cpu":
+    SHAPES = {"mega": (1, 256, 2048, 2048), "S64": (8, 64, 64, 2048)}
+else:
+    SHAPES = {
+        "7B": (4, 256, 2048, 2048),
+        "7B-C4096": (4, 256, 2048, 4096),
+        "S256": (8, 256, 256, 2048),
+        "S128": (16, 128, 128, 2048),
+        "S64": (32, 64, 64, 2048),
+    }
+
+
+def shapes(*names: str) -> pytest.MarkDecorator:
+    """These, or all that there are."""
+    some = [name for name in SHAPES if name in names or not names]
+    return pytest.mark.parametrize(("H", "S", "E", "C"), [SHAPES[n] for n in some], ids=some)
+
+
+def _label(E: int, C: int) -> str:
+    """What the shape of q does not say."""
+    return "" if harness.device.type == "cpu" else f" E={E} C={C}"
+
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, C: int, *_: Any) -> Tensor:
     q, k, v = (t.unflatten(1, (-1, C)).flatten(0, 1).transpose(1, 2) for t in (q, k, v))
@@ -31,7 +54,7 @@ def _arguments(
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("H", "S", "E"), [(1, 256, 2048), (8, 64, 64)], ids=["mega", "S64"])
+@shapes()
 @pytest.mark.parametrize("size", sizes((1, 4096, 0)), ids=str)
 def test_chunk_attention(
     benchmark: Any,
@@ -39,16 +62,18 @@ def test_chunk_attention(
     H: int,
     S: int,
     E: int,
+    C: int,
     dtype: torch.dtype,
     backward: bool,
 ) -> None:
     measure(
         benchmark,
         OP,
-        _arguments(dtype, *size[:2], H, S, E, 2048),
-        _arguments(dtype, 1, 200, H, S, E, 128),
+        _arguments(dtype, *size[:2], H, S, E, C),
+        _arguments(dtype, 1, 200, 1, S, E, 128),
         backward=backward,
         floor="fma",
+        label=_label(E, C),
         peers={"sdpa": _sdpa},
     )
 
@@ -66,9 +91,11 @@ def _with_caches(
     return *_arguments(dtype, B, L, H, S, E, C), 0.0, 0, None, *caches, position
 
 
-@pytest.mark.parametrize(("H", "S", "E"), [(1, 256, 2048), (8, 64, 64)], ids=["mega", "S64"])
+@shapes("mega", "S64", "7B")
 @pytest.mark.parametrize("size", sizes((1, 4096, 0)), ids=str)
-def test_empty_caches(benchmark: Any, size: tuple[int, int, int], H: int, S: int, E: int) -> None:
+def test_empty_caches(
+    benchmark: Any, size: tuple[int, int, int], H: int, S: int, E: int, C: int
+) -> None:
     """The same work, where on Hopper threads copy the slabs (chunk_attention_wgmma.cu) that without
     caches come by tensor copies, to pairs of blocks.
     """
@@ -77,9 +104,10 @@ def test_empty_caches(benchmark: Any, size: tuple[int, int, int], H: int, S: int
     measure(
         benchmark,
         OP,
-        _with_caches(torch.bfloat16, *size[:2], H, S, E, 2048),
-        _with_caches(torch.bfloat16, 1, 200, H, S, E, 128),
+        _with_caches(torch.bfloat16, *size[:2], H, S, E, C),
+        _with_caches(torch.bfloat16, 1, 200, 1, S, E, 128),
         floor="fma",
+        label=_label(E, C),
         peers={"without caches": _plain},
     )
 
@@ -95,7 +123,7 @@ def _packed(dtype: torch.dtype, L: int, H: int, S: int, E: int, C: int) -> tuple
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("H", "S", "E"), [(1, 256, 2048), (8, 64, 64)], ids=["mega", "S64"])
+@shapes("mega", "S64", "7B")
 @pytest.mark.parametrize("size", sizes((1, 4096, 0)), ids=str)
 def test_packed(
     benchmark: Any,
@@ -103,15 +131,17 @@ def test_packed(
     H: int,
     S: int,
     E: int,
+    C: int,
     dtype: torch.dtype,
     backward: bool,
 ) -> None:
     measure(
         benchmark,
         OP,
-        _packed(dtype, size[0] * size[1], H, S, E, 2048),
-        _packed(dtype, 200, H, S, E, 128),
+        _packed(dtype, size[0] * size[1], H, S, E, C),
+        _packed(dtype, 200, 1, S, E, 128),
         backward=backward,
         floor="fma",
+        label=_label(E, C),
         peers={"unpacked": _plain},
     )

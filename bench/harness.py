@@ -186,12 +186,14 @@ def measure(
     backward: bool = False,
     floor: str = "clone",
     peers: dict[str, Callable[..., Any]] | None = None,
+    label: str = "",
 ) -> Row:
     """Times one op and adds its row to the table.
 
     ``small_args`` are like ``args`` but small enough for the reference, for the verification.
     ``floor`` is "clone" (bytes) or "fma" (FLOPs) of the op's cost model; with the backward pass
     that of forward plus twice the forward. ``peers`` take the same arguments as the op.
+    ``label`` says of the shape what that of the first tensor does not.
     """
     cost = op.cost(*args)  # of some ops of the values
     args, small_args = _moved(args), _moved(small_args)
@@ -224,7 +226,7 @@ def measure(
     kind = "".join(text for name, text in kinds.items() if named.get(name) is not None)
     row = Row(
         op=op.name,
-        shape="x".join(map(str, shapes)) + kind,
+        shape="x".join(map(str, shapes)) + label + kind,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         direction="forward+backward" if backward else "forward",
