@@ -420,7 +420,9 @@ void run(const Launch& launch, const std::function<void()>& body) {
   run_all_blocks(blocks);
   release_shared();
   for (const auto& block : executor.slots) {
-    for (Thread& thread : block->threads) forget(thread.fiber);
+    for (Thread& thread : block->threads) {
+      if (thread.state != State::kDone) forget(thread.fiber);
+    }
   }
   executor.launch = nullptr;
   if (!executor.error.empty()) throw std::runtime_error(executor.error);

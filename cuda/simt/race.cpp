@@ -34,16 +34,24 @@ struct Access {
   uint32_t warp_epoch;
   uint32_t clock;  // of the thread
   uint16_t thread, warp;
-  bool atomic;
+  uint16_t atomic;
   uint16_t proxy_fences;  // that the thread had made
   const void* code;
 };
 
 struct Cell {
   Access write, read;
+  bool operator==(const Cell& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
 };
+static_assert(std::has_unique_object_representations_v<Cell>);
 
 std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> shadow;
+// Where pages met last are, by number % kRecent: kernels change from array to array.
+constexpr uintptr_t kRecent = 64;
+struct {
+  uintptr_t number;
+  Cell* cells = nullptr;
+} recent[kRecent];
 std::unordered_map<const void*, Knowledge> published;  // by the atomics on this address
 
 enum Level : uint64_t { kBlock, kWarp, kThread };
@@ -62,6 +70,7 @@ void learn(Knowledge& into, const Knowledge& from) {
 bool knows(const Thread& thread, uint64_t key, uint32_t number) {
   const Knowledge* const all[] = {&thread.known, &thread.warp->known, &thread.block->known};
   for (const Knowledge* known : all) {
+    if (known->empty()) continue;  // as most are
     const auto found = known->find(key);
     if (found != known->end() && found->second > number) return true;
   }
@@ -93,16 +102,14 @@ Access access_of(const Thread& thread, bool atomic, const void* code) {
 }
 
 Cell* cell_of(uintptr_t address) {
-  static uintptr_t last_number = 0;
-  static Cell* last_page = nullptr;
   const uintptr_t number = address / kPageBytes;
-  if (last_page == nullptr || number != last_number || shadow.empty()) {
-    auto& page = shadow[number];
-    if (page == nullptr) page = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
-    last_number = number;
-    last_page = page.get();
+  auto& page = recent[number % kRecent];
+  if (page.cells == nullptr || page.number != number) {
+    auto& cells = shadow[number];
+    if (cells == nullptr) cells = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
+    page = {number, cells.get()};
   }
-  return last_page + address % kPageBytes / kCellBytes;
+  return page.cells + address % kPageBytes / kCellBytes;
 }
 
 // "FILE 0xOFFSET", as `addr2line -e` takes them.
@@ -136,8 +143,14 @@ void note(const void* pointer, size_t bytes, bool writes, bool atomic, const voi
     fail("access to the shared memory of another block");
   }
   if (bytes < kCellBytes) return;  // the other byte of the cell may rightly be another thread's
+  Cell before, after;              // of the cell before this one
   for (size_t i = 0; i < bytes; i += kCellBytes) {
     Cell& cell = *cell_of(address + i);
+    if (i > 0 && cell == before) {  // of which the same is to be said
+      cell = after;
+      continue;
+    }
+    before = cell;
     const auto* at = static_cast<const char*>(pointer) + i;
     if (shared) {  // what an earlier block left in this arena does not count
       if (cell.write.block != block.number) cell.write.epoch = 0;
@@ -150,12 +163,13 @@ void note(const void* pointer, size_t bytes, bool writes, bool atomic, const voi
       cell.write = now;
       cell.read.epoch = 0;
     } else {
-      const Access before = cell.read;
-      const bool joins = before.epoch == now.epoch && before.block == now.block && !ordered(before, *thread);
+      const Access last = cell.read;
+      const bool joins = last.epoch == now.epoch && last.block == now.block && !ordered(last, *thread);
       cell.read = now;
-      if (joins && before.thread != now.thread) cell.read.thread = kSeveral;
-      if (joins && before.warp != now.warp) cell.read.warp = kSeveral;
+      if (joins && last.thread != now.thread) cell.read.thread = kSeveral;
+      if (joins && last.warp != now.warp) cell.read.warp = kSeveral;
     }
+    after = cell;
   }
 }
 
@@ -169,6 +183,7 @@ void access(const void* address, size_t bytes, bool writes, const void* code) {
 
 void race_begin_launch() {
   shadow.clear();
+  for (auto& page : recent) page.cells = nullptr;
   published.clear();
 }
 
