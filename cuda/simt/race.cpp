@@ -67,6 +67,13 @@ void learn(Knowledge& into, const Knowledge& from) {
   }
 }
 
+// Moves what is known from one to the other.
+void hand_over(Knowledge& into, Knowledge& from) {
+  if (from.empty()) return;
+  learn(into, from);
+  from.clear();
+}
+
 bool knows(const Thread& thread, uint64_t key, uint32_t number) {
   const Knowledge* const all[] = {&thread.known, &thread.warp->known, &thread.block->known};
   for (const Knowledge* known : all) {
@@ -131,13 +138,17 @@ void check(const Access& earlier, const char* what, const Access& now, const cha
        what, who.c_str(), earlier.block, place_of(now.code).c_str(), place_of(earlier.code).c_str());
 }
 
-void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
-  Thread* thread = executor.current;
+// What no other thread uses.
+inline bool is_private(const void* pointer) {
+  const auto* p = static_cast<const char*>(pointer);
+  const auto* own = reinterpret_cast<const char*>(&builtins);
+  return executor.on_stacks(pointer) || (p >= own && p < own + sizeof builtins);
+}
+
+void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
-  const auto own = reinterpret_cast<uintptr_t>(&builtins);
-  if (thread == nullptr || executor.on_stacks(pointer) || (address >= own && address < own + sizeof builtins)) return;
-  const Access now = access_of(*thread, atomic, code);
-  const Block& block = *thread->block;
+  const Access now = access_of(thread, atomic, code);
+  const Block& block = *thread.block;
   const bool shared = executor.in_arenas(pointer);
   if (shared && (pointer < block.arena || pointer >= block.arena + kArenaBytes)) {
     fail("access to the shared memory of another block");
@@ -157,14 +168,14 @@ void note(const void* pointer, size_t bytes, bool writes, bool atomic, const voi
       if (cell.read.block != block.number) cell.read.epoch = 0;
       if (!writes && cell.write.epoch == 0) fail("read of shared memory that nobody has written");
     }
-    check(cell.write, "write", now, writes ? "write" : "read", at, *thread);
+    check(cell.write, "write", now, writes ? "write" : "read", at, thread);
     if (writes) {
-      check(cell.read, "read", now, "write", at, *thread);
+      check(cell.read, "read", now, "write", at, thread);
       cell.write = now;
       cell.read.epoch = 0;
     } else {
       const Access last = cell.read;
-      const bool joins = last.epoch == now.epoch && last.block == now.block && !ordered(last, *thread);
+      const bool joins = last.epoch == now.epoch && last.block == now.block && !ordered(last, thread);
       cell.read = now;
       if (joins && last.thread != now.thread) cell.read.thread = kSeveral;
       if (joins && last.warp != now.warp) cell.read.warp = kSeveral;
@@ -173,8 +184,13 @@ void note(const void* pointer, size_t bytes, bool writes, bool atomic, const voi
   }
 }
 
+inline void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
+  const Thread* thread = executor.current;
+  if (thread != nullptr && !is_private(pointer)) judge(*thread, pointer, bytes, writes, atomic, code);
+}
+
 // Random preemption: an access is where real threads would drift apart.
-void access(const void* address, size_t bytes, bool writes, const void* code) {
+inline void access(const void* address, size_t bytes, bool writes, const void* code) {
   note(address, bytes, writes, false, code);
   if (executor.current != nullptr && executor.order == Order::kRandom && executor.random() % 64 == 0) yield();
 }
@@ -197,22 +213,15 @@ void race_begin_thread(Thread& thread) {
 
 void race_barrier(Block& block) {
   ++block.epoch;
-  for (Warp& warp : block.warps) {
-    learn(block.known, warp.known);
-    warp.known.clear();
-  }
-  for (Thread& thread : block.threads) {
-    learn(block.known, thread.known);
-    thread.known.clear();
-  }
+  for (Warp& warp : block.warps) hand_over(block.known, warp.known);
+  for (Thread& thread : block.threads) hand_over(block.known, thread.known);
 }
 
 void race_warp_sync(Warp& warp, uint32_t mask) {
   ++warp.epoch;
   for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
     Thread& thread = *warp.lanes[__builtin_ctz(lanes)];
-    learn(warp.known, thread.known);
-    thread.known.clear();
+    hand_over(warp.known, thread.known);
   }
 }
 
@@ -235,8 +244,7 @@ void fence_async_proxy() { ++executor.current->proxy_fences; }
 
 void on_fence() {
   Thread& thread = *executor.current;
-  learn(thread.known, thread.pending);
-  thread.pending.clear();
+  hand_over(thread.known, thread.pending);
   thread.released.clear();
   learn(thread.released, thread.known);
   learn(thread.released, thread.warp->known);
