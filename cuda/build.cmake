@@ -18,12 +18,11 @@ if(NOT no_cuda)
     list(APPEND cuda_targets ops_hopper)
   endif()
   string(REPLACE ";" ", " architectures "${CMAKE_CUDA_ARCHITECTURES}")
+  set(launcher sh ${PROJECT_SOURCE_DIR}/cuda/keep_report.sh ${CMAKE_CUDA_COMPILER_LAUNCHER})
   foreach(target IN LISTS cuda_targets)
     target_include_directories(${target} PRIVATE cpp cuda)
     target_compile_definitions(${target} PRIVATE MEGALODON_WITH_CUDA MEGALODON_CUDA_ARCHITECTURES="${architectures}")
-    set_target_properties(${target} PROPERTIES
-      CUDA_VISIBILITY_PRESET hidden
-      CUDA_COMPILER_LAUNCHER "sh;${PROJECT_SOURCE_DIR}/cuda/keep_report.sh;${CMAKE_CUDA_COMPILER_LAUNCHER}")
+    set_target_properties(${target} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_COMPILER_LAUNCHER "${launcher}")
   endforeach()
   target_compile_definitions(ops_portable PRIVATE MEGALODON_WITH_CUDA)  # the C functions, which route by device
   target_compile_definitions(megalodon_ops PRIVATE MEGALODON_CUDA_VERSION="${CUDAToolkit_VERSION}")
