@@ -25,7 +25,7 @@ SIMT_TESTS = tests/test_ops.py \
              $(sort $(foreach op,$(wildcard cuda/ops/*.cu),$(wildcard $(op:cuda/ops/%.cu=tests/test_%*.py))))
 ASAN = detect_leaks=0:allocator_may_return_null=1
 PARALLEL = -n $(SIMT_JOBS) --dist worksteal
-SIMT_PYTEST = $(BIN)/python -m pytest -q $(PARALLEL) $(SIMT_TESTS) $(ARGS)
+SIMT_PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) $(SIMT_TESTS) $(ARGS)
 SANITIZERS = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)
 
 # cmake and ninja of the environment before any others; no build isolation, so that build/ stays valid.
@@ -65,7 +65,8 @@ test: setup  ## Run the tests (ARGS= goes to pytest)
 # The compiler's flags of each build are in cuda/build.cmake. What the numbers are may depend on the schedule, what is
 # a race hardly does (tests/simt): of the race build one schedule, preempted at random, on fewer shapes. The sanitizers
 # end the process at their first report, on a standard error that pytest must not have taken: of the jobs that share the
-# tests one ends, its test has failed, another takes its place. SIMT_JOBS=0: pytest's own process alone.
+# tests one ends, its test has failed, another takes its place. SIMT_JOBS=0: pytest's own process alone. The executor
+# uses one core, and torch's threads, which the references do not need, would wait for another by spinning.
 test-simt: setup  ## Run the tests of the CUDA kernels on the CPU (docs/executor.md; ARGS= as above; SIMT_JOBS=)
 	$(BIN)/cmake --preset simt -DPython_EXECUTABLE=$(abspath $(BIN))/python > /dev/null
 	$(BIN)/cmake --build --preset simt

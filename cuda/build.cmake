@@ -18,10 +18,11 @@ if(NOT no_cuda)
     list(APPEND cuda_targets ops_hopper)
   endif()
   string(REPLACE ";" ", " architectures "${CMAKE_CUDA_ARCHITECTURES}")
+  set(launcher sh ${PROJECT_SOURCE_DIR}/cuda/keep_report.sh ${CMAKE_CUDA_COMPILER_LAUNCHER})
   foreach(target IN LISTS cuda_targets)
     target_include_directories(${target} PRIVATE cpp cuda)
     target_compile_definitions(${target} PRIVATE MEGALODON_WITH_CUDA MEGALODON_CUDA_ARCHITECTURES="${architectures}")
-    set_target_properties(${target} PROPERTIES CUDA_VISIBILITY_PRESET hidden)
+    set_target_properties(${target} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_COMPILER_LAUNCHER "${launcher}")
   endforeach()
   target_compile_definitions(ops_portable PRIVATE MEGALODON_WITH_CUDA)  # the C functions, which route by device
   target_compile_definitions(megalodon_ops PRIVATE MEGALODON_CUDA_VERSION="${CUDAToolkit_VERSION}")
@@ -118,10 +119,16 @@ foreach(build IN LISTS MEGALODON_SIMT)
 endforeach()
 add_custom_target(simt_all DEPENDS ${simt_targets})
 
-# -Wno-uninitialized: registers of a loop that only nvcc unrolls.
+# -Wno-uninitialized: registers of a loop that only nvcc unrolls. -O0 what hardly runs, -O2 what runs much, -O1 what
+# takes g++ too long at -O2.
 foreach(target IN LISTS simt_targets)
   target_include_directories(${target} PRIVATE cpp cuda)
   target_compile_definitions(${target} PRIVATE MEGALODON_SIMT MEGALODON_VERSION="${PROJECT_VERSION}")
-  target_compile_options(${target} PRIVATE ${kernel_options} -ffp-contract=off -Wno-uninitialized -g1
-                                           $<IF:$<OR:$<STREQUAL:${target},simt_kernels_plain>,$<IN_LIST:${target},${simt_executors}>>,-O2,-O1>)
+  set(optimize -O1)
+  if(target STREQUAL "simt_entries")
+    set(optimize -O0)
+  elseif(target STREQUAL "simt_kernels_plain" OR target IN_LIST simt_executors)
+    set(optimize -O2)
+  endif()
+  target_compile_options(${target} PRIVATE ${kernel_options} -ffp-contract=off -Wno-uninitialized -g1 ${optimize})
 endforeach()

@@ -1,5 +1,6 @@
 """Fixtures that every test file shares."""
 
+import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
@@ -25,6 +26,12 @@ settings.load_profile("default")
 # some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

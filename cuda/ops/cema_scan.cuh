@@ -231,15 +231,4 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T>) cema_forward_kern
   scan<T, kLanes, Forward<T>, kEnds>(args, ring);
 }
 
-// Two independent scans, one half of the grid each: the longer one first.
-template <class T, int kLanes, bool kEnds>
-__global__ void __launch_bounds__(kThreads) cema_backward_kernel(ScanArgs<T> sensitivity, ScanArgs<T> adjoint) {
-  DYNAMIC_SHARED(T, ring);
-  if (blockIdx.z == 0) {
-    scan<T, kLanes, Sensitivity<T>, kEnds>(sensitivity, ring);
-  } else {
-    scan<T, kLanes, Adjoint<T>, kEnds>(adjoint, ring);
-  }
-}
-
 }  // namespace megalodon::cuda

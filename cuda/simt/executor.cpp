@@ -65,14 +65,11 @@ void open_barrier(Block& block) {
 
 // ---- warp operations ------------------------------------------------------------------------------------------------
 
-// Completes the operation `thread` waits for if every live lane of its mask is there.
-bool try_warp_op(Warp& warp, const Thread& thread) {
-  const uint32_t wanted = thread.mask & warp.live;
+void complete_warp_op(Warp& warp, const Thread& thread, uint32_t wanted) {
   void* operands[32] = {};
   for (uint32_t lanes = wanted; lanes != 0; lanes &= lanes - 1) {
     const int i = __builtin_ctz(lanes);
     const Thread& other = *warp.lanes[i];
-    if (other.state != State::kAtWarpOp) return false;
     if (other.mask != thread.mask || other.op != thread.op || !(other.site == thread.site)) {
       fail("divergent warp operation: lane %u (mask %08x) at %s:%d, lane %u (mask %08x) at %s:%d", thread.lane,
            thread.mask, thread.site.file, thread.site.line, other.lane, other.mask, other.site.file, other.site.line);
@@ -84,6 +81,14 @@ bool try_warp_op(Warp& warp, const Thread& thread) {
   for (uint32_t lanes = wanted; lanes != 0; lanes &= lanes - 1) {
     warp.lanes[__builtin_ctz(lanes)]->state = State::kReady;
   }
+  warp.waiting &= ~wanted;
+}
+
+// Completes the operation `thread` waits for if every live lane of its mask is at one.
+bool try_warp_op(Warp& warp, const Thread& thread) {
+  const uint32_t wanted = thread.mask & warp.live;
+  if ((wanted & ~warp.waiting) != 0) return false;
+  complete_warp_op(warp, thread, wanted);
   return true;
 }
 
@@ -175,7 +180,7 @@ void start_block(uint32_t slot, uint64_t number) {
   for (uint32_t i = 0; i < block.warps.size(); ++i) {
     Warp& warp = block.warps[i];
     warp.index = i;
-    warp.live = 0;
+    warp.live = warp.waiting = 0;
     warp.epoch = 1;
     warp.known.clear();
     warp.groups.clear();
@@ -389,6 +394,7 @@ void warp_meet(uint32_t mask, WarpOp op, void* operand, Combine combine, Site si
   thread.combine = combine;
   thread.site = site;
   thread.state = State::kAtWarpOp;
+  thread.warp->waiting |= 1u << thread.lane;
   if (!try_warp_op(*thread.warp, thread) || executor.order == Order::kRandom) yield();
 }
 
@@ -438,7 +444,9 @@ void run(const Launch& launch, const std::function<void()>& body) {
   run_all_blocks(blocks);
   release_shared();
   for (const auto& block : executor.slots) {
-    for (Thread& thread : block->threads) forget(thread.fiber);
+    for (Thread& thread : block->threads) {
+      if (thread.state != State::kDone) forget(thread.fiber);
+    }
   }
   executor.launch = nullptr;
   if (!executor.error.empty()) throw std::runtime_error(executor.error);

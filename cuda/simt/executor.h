@@ -96,7 +96,8 @@ struct Thread {
 
 struct Warp {
   uint32_t index;
-  uint32_t live;
+  uint32_t live;     // lanes that have not exited
+  uint32_t waiting;  // lanes at a warp operation
   Thread* lanes[32];
   uint32_t epoch;
   Knowledge known;

@@ -12,6 +12,13 @@ namespace megalodon::simt {
 namespace {
 
 constexpr uint64_t kCanary = 0x5afe57ac5afe57acull;
+constexpr size_t kEntryBytes = 2048;  // more than what is on a stack when its thread has finished
+
+void unpoison([[maybe_unused]] char* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(memory, bytes);
+#endif
+}
 
 #if defined(__SANITIZE_ADDRESS__)
 void* scheduler_fake_stack;
@@ -57,7 +64,7 @@ megalodon_simt_switch:
 #endif
 
 void prepare(Fiber& fiber, void (*entry)()) {
-  forget(fiber);
+  unpoison(fiber.stack + fiber.stack_bytes - kEntryBytes, kEntryBytes);
   std::memcpy(fiber.stack, &kCanary, sizeof kCanary);
   fiber.fake_stack = nullptr;
 #if MEGALODON_SIMT_USE_UCONTEXT
@@ -113,10 +120,6 @@ void on_start() {
 
 bool overflowed(const Fiber& fiber) { return std::memcmp(fiber.stack, &kCanary, sizeof kCanary) != 0; }
 
-void forget([[maybe_unused]] Fiber& fiber) {
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);
-#endif
-}
+void forget(Fiber& fiber) { unpoison(fiber.stack, fiber.stack_bytes); }
 
 }  // namespace megalodon::simt

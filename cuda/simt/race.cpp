@@ -35,16 +35,24 @@ struct Access {
   uint32_t warp_epoch;
   uint32_t clock;  // of the thread
   uint16_t thread, warp;
-  bool atomic;
+  uint16_t atomic;
   uint16_t proxy_fences;  // that the thread had made
   const void* code;
 };
 
 struct Cell {
   Access write, read;
+  bool operator==(const Cell& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
 };
+static_assert(std::has_unique_object_representations_v<Cell>);
 
 std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> shadow;
+// Where pages met last are, by number % kRecent: kernels change from array to array.
+constexpr uintptr_t kRecent = 64;
+struct {
+  uintptr_t number;
+  Cell* cells = nullptr;
+} recent[kRecent];
 std::unordered_map<const void*, Knowledge> published;  // by the atomics on this address
 
 enum Level : uint64_t { kBlock, kWarp, kThread };
@@ -60,9 +68,17 @@ void learn(Knowledge& into, const Knowledge& from) {
   }
 }
 
+// Moves what is known from one to the other.
+void hand_over(Knowledge& into, Knowledge& from) {
+  if (from.empty()) return;
+  learn(into, from);
+  from.clear();
+}
+
 bool knows(const Thread& thread, uint64_t key, uint32_t number) {
   const Knowledge* const all[] = {&thread.known, &thread.warp->known, &thread.block->known};
   for (const Knowledge* known : all) {
+    if (known->empty()) continue;  // as most are
     const auto found = known->find(key);
     if (found != known->end() && found->second > number) return true;
   }
@@ -94,16 +110,14 @@ Access access_of(const Thread& thread, bool atomic, const void* code) {
 }
 
 Cell* cell_of(uintptr_t address) {
-  static uintptr_t last_number = 0;
-  static Cell* last_page = nullptr;
   const uintptr_t number = address / kPageBytes;
-  if (last_page == nullptr || number != last_number || shadow.empty()) {
-    auto& page = shadow[number];
-    if (page == nullptr) page = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
-    last_number = number;
-    last_page = page.get();
+  auto& page = recent[number % kRecent];
+  if (page.cells == nullptr || page.number != number) {
+    auto& cells = shadow[number];
+    if (cells == nullptr) cells = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
+    page = {number, cells.get()};
   }
-  return last_page + address % kPageBytes / kCellBytes;
+  return page.cells + address % kPageBytes / kCellBytes;
 }
 
 // "FILE 0xOFFSET", as `addr2line -e` takes them.
@@ -125,43 +139,59 @@ void check(const Access& earlier, const char* what, const Access& now, const cha
        what, who.c_str(), earlier.block, place_of(now.code).c_str(), place_of(earlier.code).c_str());
 }
 
-void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
-  Thread* thread = executor.current;
+// What no other thread uses.
+inline bool is_private(const void* pointer) {
+  const auto* p = static_cast<const char*>(pointer);
+  const auto* own = reinterpret_cast<const char*>(&builtins);
+  return executor.on_stacks(pointer) || (p >= own && p < own + sizeof builtins);
+}
+
+void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
-  const auto own = reinterpret_cast<uintptr_t>(&builtins);
-  if (thread == nullptr || executor.on_stacks(pointer) || (address >= own && address < own + sizeof builtins)) return;
-  const Access now = access_of(*thread, atomic, code);
-  const Block& block = *thread->block;
+  const Access now = access_of(thread, atomic, code);
+  const Block& block = *thread.block;
   const bool shared = executor.in_arenas(pointer);
   if (shared && (pointer < block.arena || pointer >= block.arena + kArenaBytes)) {
     fail("access to the shared memory of another block");
   }
   if (bytes < kCellBytes) return;  // the other byte of the cell may rightly be another thread's
+  Cell before, after;              // of the cell before this one
   for (size_t i = 0; i < bytes; i += kCellBytes) {
     Cell& cell = *cell_of(address + i);
+    if (i > 0 && cell == before) {  // of which the same is to be said
+      cell = after;
+      continue;
+    }
+    before = cell;
     const auto* at = static_cast<const char*>(pointer) + i;
     if (shared) {  // what an earlier block left in this arena does not count
       if (cell.write.block != block.number) cell.write.epoch = 0;
       if (cell.read.block != block.number) cell.read.epoch = 0;
       if (!writes && cell.write.epoch == 0) fail("read of shared memory that nobody has written");
     }
-    check(cell.write, "write", now, writes ? "write" : "read", at, *thread);
+    check(cell.write, "write", now, writes ? "write" : "read", at, thread);
     if (writes) {
-      check(cell.read, "read", now, "write", at, *thread);
+      check(cell.read, "read", now, "write", at, thread);
       cell.write = now;
       cell.read.epoch = 0;
     } else {
-      const Access before = cell.read;
-      const bool joins = before.epoch == now.epoch && before.block == now.block && !ordered(before, *thread);
+      const Access last = cell.read;
+      const bool joins = last.epoch == now.epoch && last.block == now.block && !ordered(last, thread);
       cell.read = now;
-      if (joins && before.thread != now.thread) cell.read.thread = kSeveral;
-      if (joins && before.warp != now.warp) cell.read.warp = kSeveral;
+      if (joins && last.thread != now.thread) cell.read.thread = kSeveral;
+      if (joins && last.warp != now.warp) cell.read.warp = kSeveral;
     }
+    after = cell;
   }
 }
 
+inline void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
+  const Thread* thread = executor.current;
+  if (thread != nullptr && !is_private(pointer)) judge(*thread, pointer, bytes, writes, atomic, code);
+}
+
 // Random preemption: an access is where real threads would drift apart.
-void access(const void* address, size_t bytes, bool writes, const void* code) {
+inline void access(const void* address, size_t bytes, bool writes, const void* code) {
   note(address, bytes, writes, false, code);
   if (executor.current != nullptr && executor.order == Order::kRandom && executor.random() % 64 == 0) yield();
 }
@@ -170,6 +200,7 @@ void access(const void* address, size_t bytes, bool writes, const void* code) {
 
 void race_begin_launch() {
   shadow.clear();
+  for (auto& page : recent) page.cells = nullptr;
   published.clear();
 }
 
@@ -183,22 +214,15 @@ void race_begin_thread(Thread& thread) {
 
 void race_barrier(Block& block) {
   ++block.epoch;
-  for (Warp& warp : block.warps) {
-    learn(block.known, warp.known);
-    warp.known.clear();
-  }
-  for (Thread& thread : block.threads) {
-    learn(block.known, thread.known);
-    thread.known.clear();
-  }
+  for (Warp& warp : block.warps) hand_over(block.known, warp.known);
+  for (Thread& thread : block.threads) hand_over(block.known, thread.known);
 }
 
 void race_warp_sync(Warp& warp, uint32_t mask) {
   ++warp.epoch;
   for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
     Thread& thread = *warp.lanes[__builtin_ctz(lanes)];
-    learn(warp.known, thread.known);
-    thread.known.clear();
+    hand_over(warp.known, thread.known);
   }
 }
 
@@ -249,8 +273,7 @@ void race_acquire(const Knowledge& from) {
 
 void on_fence() {
   Thread& thread = *executor.current;
-  learn(thread.known, thread.pending);
-  thread.pending.clear();
+  hand_over(thread.known, thread.pending);
   thread.released.clear();
   learn(thread.released, thread.known);
   learn(thread.released, thread.warp->known);
