@@ -142,7 +142,8 @@ def test_no_kernel_spills_or_has_a_stack_frame(path: Path) -> None:
         r"properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores", report
     )
     assert frames
-    assert "C7510" not in report, "wgmma is serialised"
+    # Of wgmma and setmaxnreg: what the compiler could not do as it is written.
+    assert not re.findall(r"\(C75\d\d\).*", report)
     for kernel, frame, spills in frames:
         assert spills == "0", f"{kernel} spills {spills} bytes"
         assert frame == "0" or any(name in kernel for name in excused), f"{kernel}: frame {frame}"
