@@ -17,8 +17,7 @@
 // Limits    none on B, L, D; N >= 1.
 #include "ops/cema.h"
 
-#include "ops/cema_short.h"
-#include "ops/cema_tiles.h"
+#include "ops/cema_segments.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
@@ -102,14 +101,58 @@ void forward_sequence(const CemaForward& args, const TileTables<stat_t<T>>& tabl
   }
 }
 
+// Short segments, the channels [d0, d1).
+template <class T>
+void forward_run(const CemaForward& args, const SegmentTables<stat_t<T>>& tables, const SegmentRun& run, int64_t d0,
+                 int64_t d1) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  const int64_t D = args.D, pairs = 2 * args.N, all = args.sequences.tokens(), left = all - run.begin - run.tokens;
+  const auto* x = static_cast<const T*>(args.x) + run.begin * D;
+  auto* y = static_cast<T*>(args.y) + run.begin * D;
+  auto* h = static_cast<A*>(args.h);
+  const bool past = goes_past_caches(all * D, D, y);
+  const bool states_past = pairs % W == 0 && goes_past_caches(args.sequences.count * D * pairs, pairs, h);
+  alignas(64) A packed[SegmentRun::kRows * W];
+  for (int64_t d = d0; d < d1; d += W) {
+    const int64_t lanes = args.D - d < W ? args.D - d : W;
+    const bool turn = d + W >= d1;
+    const T* later = x + (turn ? run.tokens * D + d0 : d + W);
+    Next<T> next{later, nullptr, nullptr, D, !turn ? run.tokens : left < run.tokens ? left : run.tokens};
+    next.each = ceil_div(next.rows * kTile, run.rows);
+    run.pack(x + d, D, lanes, packed);
+    for (int64_t i = 0; i < run.count; ++i) {
+      const SegmentRun::Segment& s = run.list[i];
+      convolve<T, kAhead>(tables.kernel_of(d), packed + s.row * W, s.steps, D, lanes, past, y + s.at * D + d,
+                          [&] { next.fetch(); });
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      const A* table = tables.entering_of(d + l);
+      if (states_past) {
+        last_states<A, true>(table, args.N, packed + l, run, h + (d + l) * pairs, D * pairs);
+      } else {
+        last_states<A, false>(table, args.N, packed + l, run, h + (d + l) * pairs, D * pairs);
+      }
+    }
+  }
+}
+
 template <class T>
 void forward(const CemaForward& args) {
   using A = stat_t<T>;
-  TileTables<A> tables;
-  A* states = tables.place(args.workspace, args, false);
-  with_tables<A>(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const TileTables<A>& own) {
-    for (int64_t i = args.first(part), past = args.first(part + 1); i < past; ++i) {
-      forward_sequence<T>(args, own, i, d0, d1, states + part * args.wavelets() * 4);
+  SegmentTables<A> tables;
+  A* states = tables.place(args.workspace, args, args.h0 == nullptr ? args.most_short() : 0, false);
+  with_tables(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const SegmentTables<A>& own) {
+    for (int64_t i = args.first(part), past = args.first(part + 1); i < past;) {
+      if (own.steps > 0) {
+        const SegmentRun run(args.sequences, i, past, own.steps);
+        if (run.count > 0) {
+          forward_run<T>(args, own, run, d0, d1);
+          i += run.count;
+          continue;
+        }
+      }
+      forward_sequence<T>(args, own, i++, d0, d1, states + part * args.wavelets() * 4);
     }
   });
 }

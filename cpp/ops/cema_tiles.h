@@ -108,8 +108,8 @@ struct TileTables {
 // Calls body(part, d0, d1, tables) for all parts of the sequences and stages of columns, in parallel. A stage makes its
 // tables where those of its task's first stage were, so that they stay in L2; where there are parts, which share
 // tables, all are made first.
-template <class A, class Args, class Body>
-void with_tables(const Args& args, TileTables<A> tables, Body&& body) {
+template <class Args, class Tables, class Body>
+void with_tables(const Args& args, const Tables& tables, Body&& body) {
   constexpr int64_t kColumn = CemaShape::kColumn;
   const int64_t parts = args.parts();
   if (parts > 1) {
@@ -122,7 +122,7 @@ void with_tables(const Args& args, TileTables<A> tables, Body&& body) {
     const FlushSubnormals flush;
     for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
       for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
-        TileTables<A> own = tables;
+        Tables own = tables;
         if (parts == 1) {
           own.base = d0 - first * kColumn;
           own.make(args, d0, d1);
