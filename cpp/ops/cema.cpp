@@ -53,7 +53,7 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
       const A* table = tables.row(d, n + i);
       A *hi = state.hi + 2 * (n + i) * W, *lo = state.lo + 2 * (n + i) * W;
       std::memcpy(end, hi, sizeof end);
-      advance_block<A, kAhead, true, G>(table, packed, of.from(i), end, states);
+      advance_block<A, kAhead, true, G>(table, packed, of.from(i), end, states, rest != 0);
       if (rest != 0) {
         finish_tile<A, G>(table, tables.exact_q(d, n + i), packed + (steps - rest) * W, rest,
                           states + of.from(i).at(tiles - 1) * W, of.stride(tiles - 1), hi);
@@ -96,8 +96,9 @@ void forward_sequence(const CemaForward& args, const TileTables<stat_t<T>>& tabl
       forward_block<T>(args, tables, steps, d, x + row, y + row, State<A>(states, d, args.N), next);
     }
   }
+  const bool states_past = states_go_past(args, static_cast<const A*>(args.h));
   for (int64_t d = d0; d < d1; d += W) {
-    store_state<A>(args, State<A>(states, d, args.N).hi, i, d, args.h, false);
+    store_state<A>(args, State<A>(states, d, args.N).hi, i, d, args.h, false, states_past);
   }
 }
 
@@ -112,7 +113,7 @@ void forward_run(const CemaForward& args, const SegmentTables<stat_t<T>>& tables
   auto* y = static_cast<T*>(args.y) + run.begin * D;
   auto* h = static_cast<A*>(args.h);
   const bool past = goes_past_caches(all * D, D, y);
-  const bool states_past = pairs % W == 0 && goes_past_caches(args.sequences.count * D * pairs, pairs, h);
+  const bool states_past = states_go_past(args, h);
   alignas(64) A packed[SegmentRun::kRows * W];
   for (int64_t d = d0; d < d1; d += W) {
     const int64_t lanes = args.D - d < W ? args.D - d : W;

@@ -19,6 +19,7 @@
 namespace megalodon::cpu::MEGALODON_ISA {
 
 constexpr int64_t kUnit = CemaShape::kUnit;
+constexpr int64_t kFew = 16;  // short segments that are not worth the tables
 
 // The tables of tiles and those of short segments.
 template <class A>
@@ -33,11 +34,14 @@ struct SegmentTables : TileTables<A> {
     kernel = TileTables<A>::place(workspace, shape, backward);
     const int64_t channels = shape.columns() * CemaShape::kColumn;
     entering = kernel + channels * most;
+    int64_t count = 0;
     for (int64_t i = 0; most > 0 && i < shape.sequences.count; ++i) {
       const int64_t length = shape.sequences.end(i) - shape.sequences.begin(i);
-      if (length <= most && length > steps) steps = length;
+      if (length > most) continue;
+      ++count;
+      steps = std::max(steps, length);
     }
-    steps = round_up(steps, kTile);
+    steps = count < kFew ? 0 : round_up(steps, kTile);
     A* rest = entering + (backward || most == 0 ? 0 : channels * (kUnit + 2) * shape.padded_pairs());
     if (backward) entering = nullptr;
     return rest;
@@ -70,13 +74,27 @@ struct SegmentTables : TileTables<A> {
     constexpr int64_t W = kLanes<A>;
     const double scale = gamma_scale(N);
     Double sums[CemaShape::kMostShort] = {};
-    for (int64_t n = 0; n < N; ++n) {
-      const Wavelet<Double> w = parameters.wavelet(d, n, frequency);
-      const Complex<Double> gamma = parameters.gamma_of(d, n), q{w.q_re(), w.q_im()};
-      const Double c = w.a() * scale;
-      Complex<Double> power_of = power(q, kTile);
-      power_of = Complex<Double>{gamma.re * c, gamma.im * c} * power_of;
-      for (int64_t l = kTile; l < steps; ++l, power_of = power_of * q) sums[l] += power_of.re;
+    constexpr int kChains = 4;  // of r_(l+1) = 2 Re q r_l - |q|^2 r_(l-1), r_l = Re c q^l
+    for (int64_t n = 0; n < N; n += kChains) {
+      Double by[kChains] = {}, back[kChains] = {}, now[kChains] = {}, before[kChains] = {};
+      for (int64_t k = 0; k < kChains && n + k < N; ++k) {
+        const Wavelet<Double> w = parameters.wavelet(d, n + k, frequency);
+        const Complex<Double> gamma = parameters.gamma_of(d, n + k), q{w.q_re(), w.q_im()};
+        const Double c = w.a() * scale;
+        const Complex<Double> first = Complex<Double>{gamma.re * c, gamma.im * c} * power(q, kTile - 1);
+        before[k] = first.re;
+        now[k] = (first * q).re;
+        by[k] = q.re + q.re;
+        back[k] = -w.rho * w.rho;
+      }
+      for (int64_t l = kTile; l < steps; ++l) {
+        sums[l] += (now[0] + now[1]) + (now[2] + now[3]);
+        for (int k = 0; k < kChains; ++k) {
+          const Double next = by[k] * now[k] + back[k] * before[k];
+          before[k] = now[k];
+          now[k] = next;
+        }
+      }
     }
     A* to = kernel_of(d / W * W) + d % W;
     for (int64_t l = kTile; l < steps; ++l) store_wide(to + l * W, sums[l]);

@@ -201,9 +201,9 @@ __attribute__((always_inline)) inline void advance_tiles(const A* table, const A
   }
 }
 
-// G wavelets, of.first and those behind it, through a block.
+// G wavelets, of.first and those behind it, through a block; `cut`: nobody wants the state after the last tile.
 template <class A, Direction kWay, bool kKeep, int G>
-void advance_block(const A* table, const A* x, const TileStates& of, A* state, A* states) {
+void advance_block(const A* table, const A* x, const TileStates& of, A* state, A* states, bool cut = false) {
   constexpr int64_t W = kLanes<A>;
   Vec<A> hr[G], hi[G];
   for (int g = 0; g < G; ++g) {
@@ -222,7 +222,12 @@ void advance_block(const A* table, const A* x, const TileStates& of, A* state, A
     for (int64_t m = whole; m > 0; m -= kTogether) together(m - kTogether);
   } else {
     for (int64_t m = 0; m < whole; m += kTogether) together(m);
-    for (int64_t m = whole; m < of.tiles; ++m) single(m);
+    for (int64_t m = whole; m < of.tiles - cut; ++m) single(m);
+    for (int g = 0; cut && whole < of.tiles && g < G; ++g) {
+      A* last = states + (of.at(of.tiles - 1) + g * of.stride(of.tiles - 1)) * W;
+      store(last, hr[g]);
+      store(last + W, hi[g]);
+    }
   }
   for (int g = 0; g < G; ++g) {
     store(state + 2 * g * W, hr[g]);
