@@ -143,9 +143,10 @@ struct CemaForward : CemaShape {
   // states, in two numbers each, of every part of the sequences.
   int64_t scan_bytes() const {
     const int64_t stat = size_of(stat_dtype(dtype));
-    const int64_t most = most_short(), channels = columns() * kColumn;
-    const int64_t of_short = most == 0 ? 0 : channels * (most + (kUnit + 2) * padded_pairs()) * stat;
-    return wavelets() * (kTableRow * stat + 2 * 8) + channels * kTile * stat + of_short +
+    const int64_t channels = columns() * kColumn;
+    const int64_t of_segments =
+        sequences.packed ? channels * (most_short() + (kUnit + 2) * padded_pairs()) + wavelets() * 2 * (kTile - 1) : 0;
+    return wavelets() * (kTableRow * stat + 2 * 8) + channels * kTile * stat + of_segments * stat +
            parts() * wavelets() * 4 * stat;
   }
   int64_t most_short() const { return CemaShape::most_short(96, 6); }

@@ -231,23 +231,20 @@ void backward_run(const CemaBackward& args, const SegmentTables<stat_t<T>>& tabl
                   const SegmentRun& run, int64_t d0, int64_t d1) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
-  const int64_t D = args.D, all = args.sequences.tokens(), left = all - run.begin - run.tokens;
-  const auto* x = static_cast<const T*>(args.x) + run.begin * D;
-  const auto* dy = static_cast<const T*>(args.dy) + run.begin * D;
-  auto* dx = static_cast<T*>(args.dx) + run.begin * D;
+  const int64_t D = args.D, all = args.sequences.tokens();
+  const auto* x = static_cast<const T*>(args.x);
+  const auto* dy = static_cast<const T*>(args.dy);
+  auto* dx = static_cast<T*>(args.dx);
   const bool past = goes_past_caches(all * D, D, dx);
   alignas(64) A in[SegmentRun::kRows * W], out[SegmentRun::kRows * W];
   for (int64_t d = d0; d < d1; d += W) {
     const int64_t lanes = D - d < W ? D - d : W;
-    const bool turn = d + W >= d1;
-    const int64_t later = turn ? run.tokens * D + d0 : d + W;
-    Next<T> next{x + later, dy + later, nullptr, D, !turn ? run.tokens : left < run.tokens ? left : run.tokens};
-    next.each = ceil_div(next.rows * kTile, run.rows);
     run.pack(x + d, D, lanes, in);
     run.pack(dy + d, D, lanes, out);
     for (int64_t i = 0; i < run.count; ++i) {
       const SegmentRun::Segment& s = run.list[i];
-      convolve<T, kBack>(tables.kernel_of(d), out + s.row * W, s.steps, D, lanes, past, dx + s.at * D + d,
+      Next<T> next = run.next<T>(s, x, dy, all, D, d, d0, d1);
+      convolve<T, kBack>(tables.kernel_of(d), out + s.row * W, s.steps, D, lanes, past, dx + s.begin * D + d,
                          [&] { next.fetch(); });
     }
     add_lags(in, out, run, scratch.lags_of(d));
@@ -318,26 +315,18 @@ void finish_gradients(const CemaBackward& args, A* memory, int64_t steps, int64_
 template <class T>
 void backward(const CemaBackward& args) {
   using A = stat_t<T>;
-  const bool stateless = args.h0 == nullptr && args.dh == nullptr;
   SegmentTables<A> tables;
-  A* memory = tables.place(args.workspace, args, stateless ? args.most_short() : 0, true);
+  A* memory = tables.place(args.workspace, args, args.most_short(), args.h0 == nullptr && args.dh == nullptr, true);
   with_tables(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const SegmentTables<A>& own) {
     const Scratch<A> scratch(memory, args, part, args.first_block(part));
     const int64_t channels = round_up(d1 - d0, CemaShape::kColumn);
     std::memset(scratch.sums_of(d0, 0), 0, channels * args.N * kSums * sizeof(double));
     std::memset(scratch.channels_of(d0), 0, channels * kChannelSums * sizeof(double));
     std::memset(scratch.lags_of(d0), 0, channels * scratch.most * sizeof(double));
-    for (int64_t i = args.first(part), past = args.first(part + 1); i < past;) {
-      if (own.steps > 0) {
-        const SegmentRun run(args.sequences, i, past, own.steps);
-        if (run.count > 0) {
-          backward_run<T>(args, own, scratch, run, d0, d1);
-          i += run.count;
-          continue;
-        }
-      }
-      backward_sequence<T>(args, own, scratch, i++, d0, d1);
-    }
+    for_segments(
+        args.sequences, args.first(part), args.first(part + 1), own.steps,
+        [&](const SegmentRun& run) { backward_run<T>(args, own, scratch, run, d0, d1); },
+        [&](int64_t i) { backward_sequence<T>(args, own, scratch, i, d0, d1); });
   });
   parallel_for(args.columns(), 1 + 64 / (CemaShape::kColumn * args.N), [&](int64_t begin, int64_t end) {
     for (int64_t d = begin * CemaShape::kColumn; d < end * CemaShape::kColumn && d < args.D; d += kDoubles) {

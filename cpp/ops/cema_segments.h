@@ -29,22 +29,23 @@ struct SegmentTables : TileTables<A> {
   A* kernel;          // [vectors of channels, steps, lanes]: k
   A* entering;        // [channels, U + 2, 2 N in whole vectors]: a q^j; q^U as two rows to multiply by. nullptr: none
 
-  // As TileTables::place. Segments of at most `most` steps are short.
-  A* place(void* workspace, const CemaShape& shape, int64_t most, bool backward) {
-    kernel = TileTables<A>::place(workspace, shape, backward);
-    const int64_t channels = shape.columns() * CemaShape::kColumn;
-    entering = kernel + channels * most;
-    int64_t count = 0;
-    for (int64_t i = 0; most > 0 && i < shape.sequences.count; ++i) {
-      const int64_t length = shape.sequences.end(i) - shape.sequences.begin(i);
+  // As TileTables::place. Segments of at most `most` steps are short, where several start from zeros.
+  A* place(void* workspace, const CemaShape& shape, int64_t most, bool zeros, bool backward) {
+    const Sequences& sequences = shape.sequences;
+    const bool several = zeros && sequences.packed && sequences.count > 1;
+    kernel = TileTables<A>::place(workspace, shape, backward || several);
+    int64_t few = kFew;
+    for (int64_t i = 0; several && i < sequences.count; ++i) {
+      const int64_t length = sequences.end(i) - sequences.begin(i);
       if (length > most) continue;
-      ++count;
+      --few;
       steps = std::max(steps, length);
     }
-    steps = count < kFew ? 0 : round_up(steps, kTile);
-    A* rest = entering + (backward || most == 0 ? 0 : channels * (kUnit + 2) * shape.padded_pairs());
-    if (backward) entering = nullptr;
-    return rest;
+    steps = few > 0 ? 0 : round_up(steps, kTile);
+    const int64_t channels = shape.columns() * CemaShape::kColumn;
+    A* rest = kernel + channels * steps;
+    entering = backward ? nullptr : rest;
+    return backward ? rest : rest + (steps == 0 ? 0 : channels * (kUnit + 2) * shape.padded_pairs());
   }
   static int64_t row(int64_t N) { return round_up(2 * N, 2 * kDoubles); }
   A* kernel_of(int64_t d) const { return kernel + (d - base) * steps; }
@@ -116,26 +117,25 @@ struct SegmentTables : TileTables<A> {
   }
 };
 
-// Short segments one behind another, as many as a block of packed rows holds.
+// Short segments, as many as a block of packed rows holds; the shortest first.
 struct SegmentRun {
   static constexpr int64_t kRows = 256, kMost = 64;
   struct Segment {
-    int64_t index, at, row, steps;  // `at`: of the run's tokens, where it begins
+    int64_t index, begin, row, steps;
   };
   Segment list[kMost];
-  int64_t count = 0, rows = 0, begin, tokens;
+  int64_t count = 0, rows = 0, tokens = 0;
 
-  // From sequence i on and before `past`, of at most `most` steps each; by their steps, the shortest first.
-  SegmentRun(const Sequences& sequences, int64_t i, int64_t past, int64_t most) : begin(sequences.begin(i)) {
-    int64_t end = begin;
-    for (; count < kMost && i < past; ++i) {
-      const int64_t steps = sequences.end(i) - end;
-      if (steps > most || rows + round_up(steps, kTile) > kRows) break;
-      list[count++] = {i, end - begin, rows, steps};
+  // The segments of at most `most` steps from sequence i on, which becomes the one behind them, and before `past`.
+  SegmentRun(const Sequences& sequences, int64_t& i, int64_t past, int64_t most) {
+    for (; i < past && count < kMost; ++i) {
+      const int64_t begin = sequences.begin(i), steps = sequences.end(i) - begin;
+      if (steps > most) continue;
+      if (rows + round_up(steps, kTile) > kRows) break;
+      list[count++] = {i, begin, rows, steps};
       rows += round_up(steps, kTile);
-      end += steps;
+      tokens += steps;
     }
-    tokens = end - begin;
     std::stable_sort(list, list + count, [](const Segment& a, const Segment& b) { return a.steps < b.steps; });
   }
 
@@ -144,12 +144,33 @@ struct SegmentRun {
     constexpr int64_t W = kLanes<stat_t<T>>;
     for (int64_t i = 0; i < count; ++i) {
       stat_t<T>* to = packed + list[i].row * W;
-      cpu::MEGALODON_ISA::pack(from + list[i].at * D, D, lanes, list[i].steps, to);
+      cpu::MEGALODON_ISA::pack(from + list[i].begin * D, D, lanes, list[i].steps, to);
       const int64_t behind = round_up(list[i].steps, kTile) - list[i].steps;
       std::memset(to + list[i].steps * W, 0, behind * W * sizeof(stat_t<T>));
     }
   }
+
+  // What is read next, of the next channels of [d0, d1) or further on, as many rows as segment s has.
+  template <class T>
+  Next<T> next(const Segment& s, const T* first, const T* second, int64_t all, int64_t D, int64_t d, int64_t d0,
+               int64_t d1) const {
+    const bool turn = d + kLanes<stat_t<T>> >= d1;
+    const int64_t token = s.begin + (turn ? tokens : 0), at = token * D + (turn ? d0 : d + kLanes<stat_t<T>>);
+    return {first + at, second == nullptr ? nullptr : second + at, nullptr, D, std::min(all - token, s.steps), kTile};
+  }
 };
+
+// Calls run(segments) for the short segments of [i, past), long(i) for each of the others.
+template <class Run, class Long>
+void for_segments(const Sequences& sequences, int64_t i, int64_t past, int64_t most, Run&& run, Long&& long_one) {
+  for (int64_t next = i; most > 0 && next < past;) {
+    const SegmentRun segments(sequences, next, past, most);
+    if (segments.count > 0) run(segments);
+  }
+  for (; i < past; ++i) {
+    if (most == 0 || sequences.end(i) - sequences.begin(i) > most) long_one(i);
+  }
+}
 
 // What a tile of inputs gives to a tile of outputs: the same (kSame), or one that the kernel, shifted so, leads to.
 template <class A, Direction kWay, bool kSame>
