@@ -22,7 +22,7 @@
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t K = CemaShape::kBlock, kLongest = K + K / 4;  // a segment of so many steps is one block
+constexpr int64_t K = CemaShape::kBlock, kLongest = K + K / 2;  // a segment of so many steps is one block
 
 // The running state of one vector of channels, hi + lo, each [N, 2, lanes].
 template <class A>

@@ -40,7 +40,7 @@ struct CemaShape {
   static constexpr int64_t kStaged = 4;                // columns packed at a time
   static constexpr int64_t kTile = 8;                  // steps of a tile of a block, forward
   static constexpr int64_t kTableRow = 4 * kTile + 6;  // numbers per wavelet in the table of coefficients
-  static constexpr int64_t kUnit = 16, kMostShort = 128;  // steps, of short segments (cema_segments.h)
+  static constexpr int64_t kUnit = 16, kMostShort = 128;          // steps, of short segments (cema_segments.h)
   static constexpr int64_t kSums = 11, kChannelSums = kTile + 1;  // of gradients, per wavelet and per channel
 
   int64_t columns() const { return (D + kColumn - 1) / kColumn; }
@@ -149,7 +149,7 @@ struct CemaForward : CemaShape {
     return wavelets() * (kTableRow * stat + 2 * 8) + channels * kTile * stat + of_segments * stat +
            parts() * wavelets() * 4 * stat;
   }
-  int64_t most_short() const { return CemaShape::most_short(96, 6); }
+  int64_t most_short() const { return CemaShape::most_short(104, 7); }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
   CemaAlgorithm automatic() const { return CemaAlgorithm::kScan; }

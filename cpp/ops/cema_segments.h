@@ -198,7 +198,8 @@ void convolve(const stat_t<T>* kernel, const stat_t<T>* x, int64_t steps, int64_
     Vec<A> sum[kTile] = {};
     convolve_tile<A, kWay, true>(kernel, x + m * kStep, sum);
     if constexpr (kWay == kBack) {
-      for (int64_t j = m + 1; j < tiles; ++j) convolve_tile<A, kWay, false>(kernel + (j - m) * kStep, x + j * kStep, sum);
+      for (int64_t j = m + 1; j < tiles; ++j)
+        convolve_tile<A, kWay, false>(kernel + (j - m) * kStep, x + j * kStep, sum);
     } else {
       for (int64_t j = m; j-- > 0;) convolve_tile<A, kWay, false>(kernel + (m - j) * kStep, x + j * kStep, sum);
     }
@@ -217,7 +218,8 @@ void convolve(const stat_t<T>* kernel, const stat_t<T>* x, int64_t steps, int64_
   }
 }
 
-// What the steps last[-j], from <= j < to, of M units give to V vectors of a channel's states; `table`: of these vectors.
+// What the steps last[-j], from <= j < to, of M units give to V vectors of a channel's states; `table`: of these
+// vectors.
 template <class A, int V, int M>
 __attribute__((always_inline)) inline void enter(const A* table, int64_t length, const A* const* last, int64_t from,
                                                  int64_t to, Vec<A> (*state)[V]) {
