@@ -149,7 +149,7 @@ struct CemaForward : CemaShape {
     return wavelets() * (kTableRow * stat + 2 * 8) + channels * kTile * stat + of_segments * stat +
            parts() * wavelets() * 4 * stat;
   }
-  int64_t most_short() const { return CemaShape::most_short(104, 7); }
+  int64_t most_short() const { return CemaShape::most_short(96, 6); }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
   CemaAlgorithm automatic() const { return CemaAlgorithm::kScan; }
