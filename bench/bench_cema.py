@@ -107,6 +107,28 @@ def test_cema_packed(
     )
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [64, 16])
+@pytest.mark.parametrize("size", sizes((1, 8192, 512)), ids=str)
+def test_cema_short_segments(
+    benchmark: Any, size: tuple[int, int, int], length: int, dtype: torch.dtype, backward: bool
+) -> None:
+    """All of one length."""
+    B, L, D = size
+    make = maker(dtype)
+    row = measure(
+        benchmark,
+        OP,
+        (*_arguments(dtype, 1, B * L, D), None, make.bounds(*[length] * (B * L // length))),
+        (*_arguments(dtype, 1, 20 * length, 64), None, make.bounds(*[length] * 20)),
+        backward=backward,
+        floor="fma",
+        peers={"unpacked": _unpacked},
+    )
+    row.shape += f" by {length}"
+
+
 @pytest.mark.parametrize("B", [1, 64])
 def test_cema_step(benchmark: Any, B: int) -> None:
     """One decoded token of the 7B model's width."""

@@ -9,7 +9,7 @@ import torch
 from backend import BACKEND
 from checks import DTYPES, check_forward, check_gradients
 from golden import Case
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from packing import BAD_BOUNDS, BOUNDS_DTYPES, LENGTHS
 from torch import Tensor
@@ -367,6 +367,53 @@ def test_long_segments(
     args = packed(dtype, lengths, D, N, state)
     check_forward(OP, args)
     check_gradients(OP, args)
+
+
+SHORT = st.integers(0, 20) | st.sampled_from([63, 64, 65, 95, 96, 97, 103, 104, 105, 112, 113])
+
+
+@settings(max_examples=6)
+@given(
+    lengths=st.lists(SHORT, min_size=16, max_size=24),
+    long=st.lists(st.sampled_from([127, 128, 129, 161, 191, 192, 193]), max_size=2),
+    data=st.data(),
+    D=st.integers(1, 20),
+    N=st.sampled_from([1, 3, 9, 16, 17]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_many_short_segments(
+    isa: str,
+    lengths: list[int],
+    long: list[int],
+    data: st.DataObject,
+    D: int,
+    N: int,
+    dtype: torch.dtype,
+) -> None:
+    """From zeros they are convolved; long ones between them are not."""
+    args = packed(dtype, data.draw(st.permutations(lengths + long)), D, N, False)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
+@pytest.mark.skipif(bool(BACKEND), reason="of the CPU alone")
+def test_short_segments_do_not_see_each_other(isa: str) -> None:
+    """Bit by bit, whatever they are packed with; nor do NaN leave their segment and channel."""
+    lengths = [5, 64, 1, 17, 33, 0, 96, 8] * 3
+    x, *p, h0, bounds, algorithm = packed(F32, lengths, 19, 16, False)
+    y, h = cema(x, *p, h0, bounds, algorithm)
+    order = list(range(len(lengths)))[::-1]
+    pieces = x.split(lengths, 1)
+    other = torch.cat([pieces[i] for i in order], 1)
+    turned, last = cema(other, *p, None, Maker(F32).bounds(*lengths[::-1]), algorithm)
+    assert torch.equal(torch.cat(turned.split(lengths[::-1], 1)[::-1], 1), y)
+    assert torch.equal(last.flip(0), h)
+    x[0, 10, 3] = math.nan  # of the second segment
+    bad, bad_h = cema(x, *p, h0, bounds, algorithm)
+    wrong, wrong_h = bad != y, (bad_h != h).flatten(2).any(-1)
+    assert wrong[0, 10:69, 3].all()
+    assert wrong.sum() == 59
+    assert wrong_h.nonzero().tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize("lengths", [[150] * 5, [40] * 5])

@@ -17,13 +17,12 @@
 // Limits    none on B, L, D; N >= 1.
 #include "ops/cema.h"
 
-#include "ops/cema_short.h"
-#include "ops/cema_tiles.h"
+#include "ops/cema_segments.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t K = CemaShape::kBlock;
+constexpr int64_t K = CemaShape::kBlock, kLongest = K + K / 2;  // a segment of so many steps is one block
 
 // The running state of one vector of channels, hi + lo, each [N, 2, lanes].
 template <class A>
@@ -38,7 +37,7 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
                    T* y, State<stat_t<T>> state, Next<T> next) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
-  alignas(64) A packed[K * W], sums[K * W], states[K / kTile * kKept * 2 * W];
+  alignas(64) A packed[kLongest * W], sums[kLongest * W], states[kLongest / kTile * kKept * 2 * W];
   const int64_t lanes = args.D - d < W ? args.D - d : W, N = args.N, rest = steps % kTile;
   const int64_t tiles = ceil_div(steps, kTile);
   pack(x, args.D, lanes, steps, packed);
@@ -54,7 +53,12 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
       const A* table = tables.row(d, n + i);
       A *hi = state.hi + 2 * (n + i) * W, *lo = state.lo + 2 * (n + i) * W;
       std::memcpy(end, hi, sizeof end);
-      advance_block<A, kAhead, true, G>(table, packed, of.from(i), end, states);
+      advance_block<A, kAhead, true, G>(table, packed, of.from(i), end, states, rest != 0);
+      if (rest != 0 && tables.powers != nullptr) {
+        finish_from_zeros<A, G>(table, tables.powers_of(d, n + i), packed + (steps - rest) * W, rest,
+                                states + of.from(i).at(tiles - 1) * W, of.stride(tiles - 1), hi);
+        return;
+      }
       if (rest != 0) {
         finish_tile<A, G>(table, tables.exact_q(d, n + i), packed + (steps - rest) * W, rest,
                           states + of.from(i).at(tiles - 1) * W, of.stride(tiles - 1), hi);
@@ -85,10 +89,11 @@ void forward_sequence(const CemaForward& args, const TileTables<stat_t<T>>& tabl
     std::memset(state.hi, 0, 4 * args.N * W * sizeof(A));
     if (args.h0 != nullptr) load_state<A>(args, args.h0, i, d, state.hi, false);
   }
-  const int64_t all = args.sequences.tokens(), end = args.sequences.end(i);
+  const int64_t all = args.sequences.tokens(), begin = args.sequences.begin(i), end = args.sequences.end(i);
   const bool past = goes_past_caches(all * args.D, args.D, y);
-  for (int64_t t = args.sequences.begin(i), steps; t < end; t += steps) {
-    steps = end - t < K ? end - t : K;
+  const int64_t block = tables.powers != nullptr && end - begin <= kLongest ? kLongest : K;
+  for (int64_t t = begin, steps; t < end; t += steps) {
+    steps = end - t < block ? end - t : block;
     for (int64_t d = d0; d < d1; d += W) {
       const int64_t row = t * args.D + d;
       const bool turn = d + W >= d1;  // the next block is the first channels', later: of the next sequence, maybe
@@ -97,20 +102,54 @@ void forward_sequence(const CemaForward& args, const TileTables<stat_t<T>>& tabl
       forward_block<T>(args, tables, steps, d, x + row, y + row, State<A>(states, d, args.N), next);
     }
   }
+  const bool states_past = states_go_past(args, static_cast<const A*>(args.h));
   for (int64_t d = d0; d < d1; d += W) {
-    store_state<A>(args, State<A>(states, d, args.N).hi, i, d, args.h, false);
+    store_state<A>(args, State<A>(states, d, args.N).hi, i, d, args.h, false, states_past);
+  }
+}
+
+// Short segments, the channels [d0, d1).
+template <class T>
+void forward_run(const CemaForward& args, const SegmentTables<stat_t<T>>& tables, const SegmentRun& run, int64_t d0,
+                 int64_t d1) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  const int64_t D = args.D, pairs = 2 * args.N, all = args.sequences.tokens();
+  const auto* x = static_cast<const T*>(args.x);
+  auto* y = static_cast<T*>(args.y);
+  auto* h = static_cast<A*>(args.h);
+  const bool past = goes_past_caches(all * D, D, y), states_past = states_go_past(args, h);
+  alignas(64) A packed[SegmentRun::kRows * W];
+  for (int64_t d = d0; d < d1; d += W) {
+    const int64_t lanes = D - d < W ? D - d : W;
+    run.pack(x + d, D, lanes, packed);
+    for (int64_t i = 0; i < run.count; ++i) {
+      const SegmentRun::Segment& s = run.list[i];
+      Next<T> next = run.next<T>(s, x, nullptr, all, D, d, d0, d1);
+      convolve<T, kAhead>(tables.kernel_of(d), packed + s.row * W, s.steps, D, lanes, past, y + s.begin * D + d,
+                          [&] { next.fetch(); });
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      const A* table = tables.entering_of(d + l);
+      if (states_past) {
+        last_states<A, true>(table, args.N, packed + l, run, h + (d + l) * pairs, D * pairs);
+      } else {
+        last_states<A, false>(table, args.N, packed + l, run, h + (d + l) * pairs, D * pairs);
+      }
+    }
   }
 }
 
 template <class T>
 void forward(const CemaForward& args) {
   using A = stat_t<T>;
-  TileTables<A> tables;
-  A* states = tables.place(args.workspace, args, false);
-  with_tables<A>(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const TileTables<A>& own) {
-    for (int64_t i = args.first(part), past = args.first(part + 1); i < past; ++i) {
-      forward_sequence<T>(args, own, i, d0, d1, states + part * args.wavelets() * 4);
-    }
+  SegmentTables<A> tables;
+  A* states = tables.place(args.workspace, args, args.most_short(), args.h0 == nullptr, false);
+  with_tables(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const SegmentTables<A>& own) {
+    for_segments(
+        args.sequences, args.first(part), args.first(part + 1), own.steps,
+        [&](const SegmentRun& run) { forward_run<T>(args, own, run, d0, d1); },
+        [&](int64_t i) { forward_sequence<T>(args, own, i, d0, d1, states + part * args.wavelets() * 4); });
   });
 }
 

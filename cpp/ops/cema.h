@@ -40,6 +40,7 @@ struct CemaShape {
   static constexpr int64_t kStaged = 4;                // columns packed at a time
   static constexpr int64_t kTile = 8;                  // steps of a tile of a block, forward
   static constexpr int64_t kTableRow = 4 * kTile + 6;  // numbers per wavelet in the table of coefficients
+  static constexpr int64_t kUnit = 16, kMostShort = 128;          // steps, of short segments (cema_segments.h)
   static constexpr int64_t kSums = 11, kChannelSums = kTile + 1;  // of gradients, per wavelet and per channel
 
   int64_t columns() const { return (D + kColumn - 1) / kColumn; }
@@ -64,6 +65,12 @@ struct CemaShape {
     return sequences.packed ? sequences.begin(first(part)) / kBlock + part : part * ceil_div(sequences.length, kBlock);
   }
   int64_t wavelets() const { return columns() * kColumn * N; }  // (d, n) pairs, padding included
+  int64_t padded_pairs() const { return round_up(2 * N, 16); }  // numbers of a channel's states, in vectors
+  // The steps of the longest segments that are convolved, where states before and gradients of states are none.
+  int64_t most_short(int64_t most, int64_t steps_per_wavelet) const {
+    const int64_t steps = sequences.packed ? steps_per_wavelet * N / kTile * kTile : 0;
+    return steps < most ? steps : most;
+  }
 
   // The fft algorithm, of rows alone: points of the transform, constants, and tasks with `arrays` transformed arrays
   // and `rows` rows of sums per wavelet besides the response, its coefficients and sums, and what a state adds to the
@@ -136,9 +143,13 @@ struct CemaForward : CemaShape {
   // states, in two numbers each, of every part of the sequences.
   int64_t scan_bytes() const {
     const int64_t stat = size_of(stat_dtype(dtype));
-    return wavelets() * (kTableRow * stat + 2 * 8) + columns() * kColumn * kTile * stat +
+    const int64_t channels = columns() * kColumn;
+    const int64_t of_segments =
+        sequences.packed ? channels * (most_short() + (kUnit + 2) * padded_pairs()) + wavelets() * 2 * (kTile - 1) : 0;
+    return wavelets() * (kTableRow * stat + 2 * 8) + channels * kTile * stat + of_segments * stat +
            parts() * wavelets() * 4 * stat;
   }
+  int64_t most_short() const { return CemaShape::most_short(96, 6); }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 1, 0); }
   CemaAlgorithm automatic() const { return CemaAlgorithm::kScan; }
@@ -197,8 +208,9 @@ struct CemaBackward : CemaShape {
     const int64_t stat = size_of(stat_dtype(dtype)), channels = columns() * kColumn;
     return wavelets() * ((kTableRow + 2 * (kTile - 1)) * stat + 2 * 8) + channels * kTile * stat +
            parts() * (wavelets() * (kSums * 8 + 4 * stat) + channels * kChannelSums * 8) +
-           blocks() * wavelets() * 2 * stat;
+           blocks() * wavelets() * 2 * stat + channels * most_short() * (stat + parts() * 8);
   }
+  int64_t most_short() const { return CemaShape::most_short(kMostShort, 8); }
   int64_t fft_table() const { return CemaShape::fft_table(dtype); }
   ChannelTasks fft_tasks() const { return CemaShape::fft_tasks(dtype, 3, 7); }
   CemaAlgorithm automatic() const {

@@ -12,7 +12,7 @@
 //           fixed order. The steps behind the last whole tile of a sequence are done one by one, in float64.
 // Limits    none on B, L, D; N >= 1.
 #include "ops/cema.h"
-#include "ops/cema_products.h"
+#include "ops/cema_segments.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
@@ -26,21 +26,24 @@ struct Scratch {
   double* channels;  // [D, kChannelSums]
   A* states;         // [D, N, 4]: of h, then of M
   A* checkpoints;    // [blocks of a sequence, D, N, 2]
-  int64_t wavelets, N;
+  double* lags;      // [D, most_short], of short segments
+  int64_t wavelets, N, most;
 
-  Scratch(A* memory, const CemaShape& shape, int64_t part, int64_t first_block = 0)
-      : wavelets(shape.wavelets()), N(shape.N) {
+  Scratch(A* memory, const CemaBackward& shape, int64_t part, int64_t first_block = 0)
+      : wavelets(shape.wavelets()), N(shape.N), most(shape.most_short()) {
     const int64_t parts = shape.parts(), all = shape.columns() * CemaShape::kColumn;
     auto* wide = reinterpret_cast<double*>(memory);
     sums = wide + part * wavelets * kSums;
     channels = wide + parts * wavelets * kSums + part * all * kChannelSums;
-    auto* narrow = reinterpret_cast<A*>(wide + parts * (wavelets * kSums + all * kChannelSums));
+    lags = wide + parts * (wavelets * kSums + all * kChannelSums) + part * all * most;
+    auto* narrow = reinterpret_cast<A*>(wide + parts * (wavelets * kSums + all * (kChannelSums + most)));
     states = narrow + part * wavelets * 4;
     checkpoints = narrow + parts * wavelets * 4 + first_block * wavelets * 2;
   }
   // Of the vector of channels from d on, from wavelet n.
   double* sums_of(int64_t d, int64_t n) const { return sums + (d * N + n * kLanes<A>)*kSums; }
   double* channels_of(int64_t d) const { return channels + d * kChannelSums; }
+  double* lags_of(int64_t d) const { return lags + d * most; }
   A* hi(int64_t d, int64_t n) const { return states + d * N * 4 + 2 * n * kLanes<A>; }
   A* lo(int64_t d, int64_t n) const { return hi(d, n) + 2 * N * kLanes<A>; }
   A* checkpoint(int64_t block, int64_t d, int64_t n) const {
@@ -222,9 +225,35 @@ void backward_sequence(const CemaBackward& args, const TileTables<stat_t<T>>& ta
   }
 }
 
-// From the sums to the raw parameters, for kDoubles channels from d on.
+// Short segments, the channels [d0, d1).
+template <class T>
+void backward_run(const CemaBackward& args, const SegmentTables<stat_t<T>>& tables, const Scratch<stat_t<T>>& scratch,
+                  const SegmentRun& run, int64_t d0, int64_t d1) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  const int64_t D = args.D, all = args.sequences.tokens();
+  const auto* x = static_cast<const T*>(args.x);
+  const auto* dy = static_cast<const T*>(args.dy);
+  auto* dx = static_cast<T*>(args.dx);
+  const bool past = goes_past_caches(all * D, D, dx);
+  alignas(64) A in[SegmentRun::kRows * W], out[SegmentRun::kRows * W];
+  for (int64_t d = d0; d < d1; d += W) {
+    const int64_t lanes = D - d < W ? D - d : W;
+    run.pack(x + d, D, lanes, in);
+    run.pack(dy + d, D, lanes, out);
+    for (int64_t i = 0; i < run.count; ++i) {
+      const SegmentRun::Segment& s = run.list[i];
+      Next<T> next = run.next<T>(s, x, dy, all, D, d, d0, d1);
+      convolve<T, kBack>(tables.kernel_of(d), out + s.row * W, s.steps, D, lanes, past, dx + s.begin * D + d,
+                         [&] { next.fetch(); });
+    }
+    add_lags(in, out, run, scratch.lags_of(d));
+  }
+}
+
+// From the sums to the raw parameters, for kDoubles channels from d on. `steps`: of the longest short segment.
 template <class A>
-void finish_gradients(const CemaBackward& args, A* memory, int64_t d) {
+void finish_gradients(const CemaBackward& args, A* memory, int64_t steps, int64_t d) {
   constexpr int64_t W = kLanes<A>;
   const Parameters<A> parameters = Parameters<A>::of(args);
   const int64_t lanes = parameters.lanes(d), N = args.N, parts = args.parts();
@@ -234,11 +263,15 @@ void finish_gradients(const CemaBackward& args, A* memory, int64_t d) {
   const auto scatter = [&](void* out, int64_t offset, int64_t stride, Double v) {
     for (int64_t l = 0; l < lanes; ++l) static_cast<A*>(out)[offset + (d + l) * stride] = static_cast<A>(v[l]);
   };
-  Double lag[kChannelSums] = {}, dtheta = {};
+  Double lag[CemaShape::kMostShort] = {}, domega = {}, dtheta = {};
   for (int64_t part = 0; part < parts; ++part) {
-    const double* sums = Scratch<A>(memory, args, part).channels_of(vector) + i;
-    for (int64_t l = 0; l < kChannelSums; ++l) lag[l] += load(sums + l * W);
+    const Scratch<A> scratch(memory, args, part);
+    const double* sums = scratch.channels_of(vector) + i;
+    for (int64_t l = 0; l < kTile; ++l) lag[l] += load(sums + l * W);
+    domega += load(sums + kTile * W);
+    for (int64_t l = 0; l < steps; ++l) lag[l] += load(scratch.lags_of(vector) + i + l * W);
   }
+  const int64_t lags = steps > kTile ? steps : kTile;
   for (int64_t n = 0; n < N; ++n) {
     Double total[kSums] = {};
     for (int64_t part = 0; part < parts; ++part) {
@@ -249,13 +282,16 @@ void finish_gradients(const CemaBackward& args, A* memory, int64_t d) {
     const Complex<Double> gamma = parameters.gamma_of(d, n);
     const Complex<Double> q{w.q_re(), w.q_im()}, g{gamma.re * scale, gamma.im * scale};
     Complex<Double> power{splat(1.0), Double{}}, plain{}, weighted{};  // sum_l q^l r_l, sum_l l q^l r_l
-    for (int64_t l = 0; l < kTile; ++l, power = power * q) {
+    Complex<Double> tile{};
+    for (int64_t l = 0; l < lags; ++l) {
       const Complex<Double> term{power.re * lag[l], power.im * lag[l]};
       const auto order = static_cast<double>(l);
       plain = plain + term;
       weighted = weighted + Complex<Double>{order * term.re, order * term.im};
+      power = power * q;
+      if (l == kTile - 1) tile = {power.re * double{kTile}, power.im * double{kTile}};
     }
-    const Complex<Double> a{w.a(), Double{}}, tile{power.re * double{kTile}, power.im * double{kTile}};
+    const Complex<Double> a{w.a(), Double{}};
     const auto sum = [&](int64_t s) { return Complex<Double>{total[s], total[s + 1]}; };
     const Complex<Double> by_log =
         g * (sum(kSumOut) + a * weighted) + a * sum(kSumIn) + tile * sum(kSumC) + sum(kSumTail);
@@ -273,26 +309,28 @@ void finish_gradients(const CemaBackward& args, A* memory, int64_t d) {
     dtheta += gradient.theta;
   }
   scatter(args.dtheta, 0, 1, dtheta);
-  scatter(args.domega, 0, 1, lag[0] + lag[kTile]);
+  scatter(args.domega, 0, 1, lag[0] + domega);
 }
 
 template <class T>
 void backward(const CemaBackward& args) {
   using A = stat_t<T>;
-  TileTables<A> tables;
-  A* memory = tables.place(args.workspace, args, true);
-  with_tables<A>(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const TileTables<A>& own) {
+  SegmentTables<A> tables;
+  A* memory = tables.place(args.workspace, args, args.most_short(), args.h0 == nullptr && args.dh == nullptr, true);
+  with_tables(args, tables, [&](int64_t part, int64_t d0, int64_t d1, const SegmentTables<A>& own) {
     const Scratch<A> scratch(memory, args, part, args.first_block(part));
     const int64_t channels = round_up(d1 - d0, CemaShape::kColumn);
     std::memset(scratch.sums_of(d0, 0), 0, channels * args.N * kSums * sizeof(double));
     std::memset(scratch.channels_of(d0), 0, channels * kChannelSums * sizeof(double));
-    for (int64_t i = args.first(part), past = args.first(part + 1); i < past; ++i) {
-      backward_sequence<T>(args, own, scratch, i, d0, d1);
-    }
+    std::memset(scratch.lags_of(d0), 0, channels * scratch.most * sizeof(double));
+    for_segments(
+        args.sequences, args.first(part), args.first(part + 1), own.steps,
+        [&](const SegmentRun& run) { backward_run<T>(args, own, scratch, run, d0, d1); },
+        [&](int64_t i) { backward_sequence<T>(args, own, scratch, i, d0, d1); });
   });
   parallel_for(args.columns(), 1 + 64 / (CemaShape::kColumn * args.N), [&](int64_t begin, int64_t end) {
     for (int64_t d = begin * CemaShape::kColumn; d < end * CemaShape::kColumn && d < args.D; d += kDoubles) {
-      finish_gradients<A>(args, memory, d);
+      finish_gradients<A>(args, memory, tables.steps, d);
     }
   });
 }

@@ -48,7 +48,7 @@ void for_wavelets(int64_t N, Body&& body) {
   if (n < N) body(std::integral_constant<int, 1>{}, n);
 }
 
-// From row i of a tensor [B, D, N, 2] to `state` [N, 2, lanes], the channels from d on, or back; conjugated, if so.
+// From row i of a tensor [B, D, N, 2] to `state` [N, 2, lanes], the channels from d on; conjugated, if so.
 template <class A>
 inline Vec<A> conjugated(Vec<A> pairs, bool is_conjugated) {
   for (int64_t l = 1; is_conjugated && l < kLanes<A>; l += 2) pairs[l] = -pairs[l];
@@ -68,21 +68,6 @@ void load_state(const CemaShape& shape, const void* tensor, int64_t i, int64_t d
     for (int64_t r = 0; r < W && e + r < count; ++r) store(state + (e + r) * W, block[r]);
   }
 }
-template <class A>
-void store_state(const CemaShape& shape, const A* state, int64_t i, int64_t d, void* tensor, bool is_conjugated) {
-  constexpr int64_t W = kLanes<A>;
-  const int64_t count = 2 * shape.N;
-  A* to = static_cast<A*>(tensor) + (i * shape.D + d) * count;
-  for (int64_t e = 0; e < count; e += W) {
-    Vec<A> block[W];
-    for (int64_t r = 0; r < W; ++r) block[r] = e + r < count ? load(state + (e + r) * W) : Vec<A>{};
-    transpose<A>(block);
-    for (int64_t l = 0; l < W && d + l < shape.D; ++l) {
-      store(to + l * count + e, conjugated<A>(block[l], is_conjugated), count - e);
-    }
-  }
-}
-
 // Steps of a vector of channels, from rows D elements apart, and back (unpack), past the caches if so.
 template <class T>
 inline void pack(const T* rows, int64_t D, int64_t lanes, int64_t steps, stat_t<T>* packed) {
@@ -135,6 +120,28 @@ inline void put(T* p, Vec<stat_t<T>> v) {
 #endif
   store(p, v);
 }
+// As load_state, back; past the caches, if so.
+template <class A>
+void store_state(const CemaShape& shape, const A* state, int64_t i, int64_t d, void* tensor, bool is_conjugated,
+                 bool past = false) {
+  constexpr int64_t W = kLanes<A>;
+  const int64_t count = 2 * shape.N;
+  A* to = static_cast<A*>(tensor) + (i * shape.D + d) * count;
+  for (int64_t e = 0; e < count; e += W) {
+    Vec<A> block[W];
+    for (int64_t r = 0; r < W; ++r) block[r] = e + r < count ? load(state + (e + r) * W) : Vec<A>{};
+    transpose<A>(block);
+    for (int64_t l = 0; l < W && d + l < shape.D; ++l) {
+      const Vec<A> pairs = conjugated<A>(block[l], is_conjugated);
+      if (past) {
+        put<true>(to + l * count + e, pairs);
+      } else {
+        store(to + l * count + e, pairs, count - e);
+      }
+    }
+  }
+}
+
 template <class T>
 inline void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t steps, bool past, T* rows) {
   constexpr int64_t W = kLanes<stat_t<T>>;
@@ -143,6 +150,12 @@ inline void unpack(const stat_t<T>* packed, int64_t D, int64_t lanes, int64_t st
   } else {
     for (int64_t t = 0; t < steps; ++t) store(rows + t * D, load(packed + t * W), lanes);
   }
+}
+// Whether the rows of states, a whole number of vectors for each channel, go past the caches.
+template <class A>
+bool states_go_past(const CemaShape& shape, const A* h) {
+  const int64_t pairs = 2 * shape.N;
+  return pairs % kLanes<A> == 0 && goes_past_caches(shape.sequences.count * shape.D * pairs, pairs, h);
 }
 inline void finish_puts() {
 #if defined(__AVX512F__)

@@ -39,18 +39,18 @@ template <class A>
 struct TileTables {
   A* narrow;     // [vectors of channels, T + N kRow, lanes]
   double* wide;  // [vectors of channels, N, 2, lanes]: q
-  A* powers;     // [vectors of channels, N, T - 1, 2, lanes]: q^1 .. q^(T-1), for the backward pass alone
+  A* powers;     // [vectors of channels, N, T - 1, 2, lanes]: q^1 .. q^(T-1); nullptr: not wanted
   int64_t N;
   int64_t base = 0;  // the channel whose row is the first
 
   // Takes its room from the workspace and gives what follows.
-  A* place(void* workspace, const CemaShape& shape, bool backward) {
+  A* place(void* workspace, const CemaShape& shape, bool with_powers) {
     N = shape.N;
     wide = static_cast<double*>(workspace);
     narrow = reinterpret_cast<A*>(wide + shape.wavelets() * 2);
     A* rest = narrow + shape.wavelets() * kRow + shape.columns() * CemaShape::kColumn * kTile;
-    powers = backward ? rest : nullptr;
-    return backward ? rest + shape.wavelets() * 2 * (kTile - 1) : rest;
+    powers = with_powers ? rest : nullptr;
+    return with_powers ? rest + shape.wavelets() * 2 * (kTile - 1) : rest;
   }
   // Of the vector of channels from d on.
   A* response(int64_t d) const { return narrow + (d - base) * (kTile + N * kRow); }
@@ -108,8 +108,8 @@ struct TileTables {
 // Calls body(part, d0, d1, tables) for all parts of the sequences and stages of columns, in parallel. A stage makes its
 // tables where those of its task's first stage were, so that they stay in L2; where there are parts, which share
 // tables, all are made first.
-template <class A, class Args, class Body>
-void with_tables(const Args& args, TileTables<A> tables, Body&& body) {
+template <class Args, class Tables, class Body>
+void with_tables(const Args& args, const Tables& tables, Body&& body) {
   constexpr int64_t kColumn = CemaShape::kColumn;
   const int64_t parts = args.parts();
   if (parts > 1) {
@@ -122,7 +122,7 @@ void with_tables(const Args& args, TileTables<A> tables, Body&& body) {
     const FlushSubnormals flush;
     for_columns(args, begin, end, [&](int64_t part, int64_t first, int64_t last) {
       for_stages(args, first, last, [&](int64_t d0, int64_t d1) {
-        TileTables<A> own = tables;
+        Tables own = tables;
         if (parts == 1) {
           own.base = d0 - first * kColumn;
           own.make(args, d0, d1);
@@ -201,9 +201,9 @@ __attribute__((always_inline)) inline void advance_tiles(const A* table, const A
   }
 }
 
-// G wavelets, of.first and those behind it, through a block.
+// G wavelets, of.first and those behind it, through a block; `cut`: nobody wants the state after the last tile.
 template <class A, Direction kWay, bool kKeep, int G>
-void advance_block(const A* table, const A* x, const TileStates& of, A* state, A* states) {
+void advance_block(const A* table, const A* x, const TileStates& of, A* state, A* states, bool cut = false) {
   constexpr int64_t W = kLanes<A>;
   Vec<A> hr[G], hi[G];
   for (int g = 0; g < G; ++g) {
@@ -222,7 +222,12 @@ void advance_block(const A* table, const A* x, const TileStates& of, A* state, A
     for (int64_t m = whole; m > 0; m -= kTogether) together(m - kTogether);
   } else {
     for (int64_t m = 0; m < whole; m += kTogether) together(m);
-    for (int64_t m = whole; m < of.tiles; ++m) single(m);
+    for (int64_t m = whole; m < of.tiles - cut; ++m) single(m);
+    for (int g = 0; cut && whole < of.tiles && g < G; ++g) {
+      A* last = states + (of.at(of.tiles - 1) + g * of.stride(of.tiles - 1)) * W;
+      store(last, hr[g]);
+      store(last + W, hi[g]);
+    }
   }
   for (int g = 0; g < G; ++g) {
     store(state + 2 * g * W, hr[g]);
@@ -360,6 +365,29 @@ inline void finish_tile(const A* table, const double* q, const A* x, int64_t ste
   }
   for (int g = 0; g < G; ++g) {
     for (int64_t i = 0; i < kHalves; ++i) store_pair(end + 2 * g * W, W, i * kDoubles, state[g][i]);
+  }
+}
+
+// The same in A, of a segment that began with zeros: the one rounding of q^steps does not add up.
+template <class A, int G>
+inline void finish_from_zeros(const A* table, const A* powers, const A* x, int64_t steps, const A* h, int64_t stride,
+                              A* end) {
+  constexpr int64_t W = kLanes<A>;
+  Vec<A> re[G] = {}, im[G] = {};
+  for (int64_t j = 0; j < steps; ++j) {
+    const Vec<A> input = load(x + (steps - 1 - j) * W);
+    for (int g = 0; g < G; ++g) {
+      const A* in = table + (g * kRow + kEnter + 2 * j) * W;
+      re[g] = load(in) * input + re[g];
+      im[g] = load(in + W) * input + im[g];
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    const A *state = h + g * stride * W, *power = powers + (g * (kTile - 1) + steps - 1) * 2 * W;
+    const Complex<Vec<A>> more =
+        Complex<Vec<A>>{load(power), load(power + W)} * Complex<Vec<A>>{load(state), load(state + W)};
+    store(end + 2 * g * W, re[g] + more.re);
+    store(end + (2 * g + 1) * W, im[g] + more.im);
   }
 }
 
