@@ -38,6 +38,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         (270, 270, 16, 24),  # three tiles of keys, several rounds
         (130, 130, 136, 8),  # keys wider than values
         (600, 256, 136, 264),  # pairs of strips, and one without a partner
+        (640, 640, 8, 136),  # pairs that share more slabs than there is room for at a time
         (400, 100, 8, 136),  # chunks of a tile each, two slabs
         (66, 66, 0, 16),
     ],
@@ -104,8 +105,28 @@ def test_small_weights_of_f16() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_nan_and_inf_do_not_leave_the_chunk(which: int, bad: float) -> None:
-    """Chunks that share slabs."""
-    inputs = list(qkv(Maker(BF16), 1, 160, 1, 8, 136))
-    clean: Tensor = OP.overload(*inputs, 80)[0]
-    inputs[which][:, 80:] = bad
-    torch.testing.assert_close(OP.overload(*inputs, 80)[0][:, :80], clean[:, :80], rtol=0, atol=0)
+    """Chunks that share slabs, before and behind."""
+    clean = list(qkv(Maker(BF16), 1, 240, 1, 8, 136))
+    dout = Maker(BF16).activation(1, 240, 1, 136)
+
+    def results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        o = OP.overload(*leaves, 80)[0]
+        return [o, *torch.autograd.grad(o, leaves, dout)]
+
+    spoilt = [t.clone() for t in clean]
+    spoilt[which][:, 80:160] = bad
+    for want, got in zip(results(*clean), results(*spoilt), strict=True):
+        for part in (slice(0, 80), slice(160, 240)):
+            torch.testing.assert_close(got[:, part], want[:, part], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_of_nan_and_inf_do_not_leave_the_chunk(bad: float) -> None:
+    leaves = [t.requires_grad_() for t in qkv(Maker(BF16), 1, 160, 1, 8, 136)]
+    dout = Maker(BF16).activation(1, 160, 1, 136)
+    o = OP.overload(*leaves, 80)[0]
+    clean = torch.autograd.grad(o, leaves, dout, retain_graph=True)
+    dout[:, 80:] = bad
+    for want, got in zip(clean, torch.autograd.grad(o, leaves, dout), strict=True):
+        torch.testing.assert_close(got[:, :80], want[:, :80], rtol=0, atol=0)

@@ -58,8 +58,8 @@ struct alignas(8) Barrier {
   }
 
   // At the barrier that stands here in the cluster's block `rank`. What the other block may then do is copy over what
-  // wgmma has read here: for other accesses to be ordered between blocks (.release.cluster, .acquire.cluster in wait)
-  // each arrival would be a fence of the GPU, each wait would empty the L1 cache.
+  // wgmma has read here, or what was fenced for it. For other accesses to be ordered between blocks (.release.cluster,
+  // .acquire.cluster in wait) each arrival would be a fence of the GPU, each wait would empty the L1 cache.
   DEVICE void arrive_at(uint32_t rank) {
 #if MEGALODON_NVCC
     asm volatile(

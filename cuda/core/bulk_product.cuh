@@ -67,6 +67,10 @@ struct BulkRing {
     fence_barrier_init();
   }
 
+  // Registers of a thread: together what the block has from the beginning, when all have as many.
+  static constexpr int kMany = 232, kFew = 40;
+  static_assert(kTileThreads * kMany + 128 * kFew == 65536 / kBulkThreads / 8 * 8 * kBulkThreads);
+
   // By all threads, of both blocks of a pair: brings() by a warp of the third warpgroup, multiplies() by the
   // others.
   template <class Brings, class Multiplies>
@@ -74,11 +78,12 @@ struct BulkRing {
     sync_cluster();
     if (slabs.count == 0) return;
     if (threadIdx.x >= kTileThreads) {
-      shrink_registers<40>();
+      shrink_registers<kFew>();
       if (threadIdx.x < kTileThreads + 32) brings();
     } else {
-      grow_registers<232>();
+      grow_registers<kMany>();
       multiplies();
+      if (slabs.shared > 0) wait_cluster();  // nobody arrives here any more
     }
   }
 
@@ -144,7 +149,6 @@ struct BulkRing {
     } while (++i < count);
     tile.finish();
     release(count - 1);
-    if (shared > 0) wait_cluster();  // nobody arrives here any more
   }
 };
 

@@ -25,15 +25,24 @@ bool has_wgmma() {
   return major == 9 && minor == 0;
 }
 
-TensorMap tensor_map(const char* kernel, const void* base, const int64_t (&sizes)[3], const int64_t (&strides)[2],
-                     int lines) {
+// Of the driver as CUDA 12.0 has it.
+static void* driver_function(const char* kernel, const char* name) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#if CUDART_VERSION >= 12050
+  const cudaError_t status = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t status = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#endif
   if (status != cudaSuccess) throw_cuda_error(kernel, status);
   if (found != cudaDriverEntryPointSuccess) throw_cuda_error(kernel, cudaErrorSymbolNotFound);
-  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  return function;
+}
+
+TensorMap tensor_map(const char* kernel, const void* base, const int64_t (&sizes)[3], const int64_t (&strides)[2],
+                     int lines) {
+  static const auto encode =
+      reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(driver_function(kernel, "cuTensorMapEncodeTiled"));
   cuuint64_t extents[3], pitches[2];
   for (int i = 0; i < 3; ++i) extents[i] = static_cast<cuuint64_t>(sizes[i]);
   for (int i = 0; i < 2; ++i) pitches[i] = static_cast<cuuint64_t>(strides[i]) * 2;

@@ -10,7 +10,8 @@
 // Traffic   as there. A tile of 128 x 256 reads 48 KB from L2 for 4.2 MFLOP, which is expected to bind; two blocks with
 //           the same columns and neighbouring strips of a chunk share those of the wide operand: 32 KB each. The last
 //           two slabs of the longer strip are its own.
-// Numerics  as there.
+// Numerics  as there, but for the order of dv and dk by tensor copies: the queries shared with the partner, then the
+//           strip's own first ones. Which strips are partners depends on where chunks begin in the call.
 // Limits    bfloat16 and float16, S and E in packs of 8, more than 64 queries in a chunk; else chunk_attention.cu.
 #include "core/wgmma.cuh"
 #include "ops/chunk_attention_bulk.cuh"

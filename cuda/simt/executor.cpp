@@ -291,7 +291,8 @@ std::vector<uint32_t> block_order(uint64_t count) {
   std::vector<uint32_t> blocks;
   for (const uint64_t i : order) {
     for (uint32_t rank = 0; rank < cluster; ++rank) {
-      blocks.push_back(static_cast<uint32_t>(i * cluster + rank));
+      const uint32_t its = executor.order == Order::kReverse ? cluster - 1 - rank : rank;
+      blocks.push_back(static_cast<uint32_t>(i * cluster + its));
     }
   }
   return blocks;
