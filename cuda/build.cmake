@@ -22,6 +22,7 @@ if(NOT no_cuda)
   foreach(target IN LISTS cuda_targets)
     target_include_directories(${target} PRIVATE cpp cuda)
     target_compile_definitions(${target} PRIVATE MEGALODON_WITH_CUDA MEGALODON_CUDA_ARCHITECTURES="${architectures}")
+    target_compile_options(${target} PRIVATE --threads=2)  # the largest file, when all others are done
     set_target_properties(${target} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_COMPILER_LAUNCHER "${launcher}")
   endforeach()
   target_compile_definitions(ops_portable PRIVATE MEGALODON_WITH_CUDA)  # the C functions, which route by device

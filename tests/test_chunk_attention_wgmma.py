@@ -15,6 +15,8 @@ from torch import Tensor
 from megalodon_ops._library import Maker
 
 BF16, F16 = torch.bfloat16, torch.float16
+# Under the sanitizers one of them: the kernels differ in an instruction's name.
+DTYPES = (BF16,) if BACKEND in ("simt_asan", "simt_race") else (BF16, F16)
 # Architecture, bytes of scratch.
 MACHINES = ("80 131072", "90 131072", "90 4194304") if BACKEND.startswith("simt") else ("",)
 
@@ -27,7 +29,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("MEGALODON_SIMT_SCRATCH", scratch)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("L", "C", "S", "E"),
     [
@@ -37,7 +39,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         (150, 70, 8, 264),  # chunks that end inside a tile; two tiles of columns
         (270, 270, 16, 24),  # three tiles of keys, several rounds
         (130, 130, 136, 8),  # keys wider than values
-        (600, 256, 136, 264),  # pairs of strips, and one without a partner
+        (390, 256, 8, 264),  # pairs of strips of two chunks, the second's of different lengths
         (640, 640, 8, 136),  # pairs that share more slabs than there is room for at a time
         (400, 100, 8, 136),  # chunks of a tile each, two slabs
         (66, 66, 0, 16),
@@ -63,7 +65,7 @@ def test_packed_rows_with_caches_and_dropout(
     check_gradients(OP, args)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("E", [16, 136])
 @pytest.mark.parametrize("scale", [0.0, 4.0, 15.0, 1e3, 3e4])
 def test_scores_of_any_size(scale: float, E: int, dtype: torch.dtype) -> None:
@@ -75,7 +77,7 @@ def test_scores_of_any_size(scale: float, E: int, dtype: torch.dtype) -> None:
     check_forward(OP, (q * scale, k, v, 270))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_beyond_any_power_of_two(dtype: torch.dtype) -> None:
     make = Maker(dtype)
     q, k = (make.activation(1, 130, 1, 64) * 1e4 for _ in range(2))
