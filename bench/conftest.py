@@ -142,13 +142,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     write("")
     write(
-        f"{'op':22}{'shape':20}{'dtype':10}{'pass':18}{'ours ms':>10}{'floor':>7}"
+        f"{'op':22}{'shape':25} {'dtype':10}{'pass':18}{'ours ms':>10}{'floor':>7}"
         f"{'% floor':>9}{'best peer':>16}{'ratio':>8}{'A/A':>6}{'error':>10}"
     )
     for r in rows:
         ratio = "" if r.peer_ratio is None else f"{r.peer_ratio:.1f}x"
         write(
-            f"{r.op:22}{r.shape:20}{r.dtype:10}{r.direction:18}{r.ours_ms:10.3f}{r.floor:>7}"
+            f"{r.op:22}{r.shape:25} {r.dtype:10}{r.direction:18}{r.ours_ms:10.3f}{r.floor:>7}"
             f"{100 * r.floor_ratio:8.0f}%{r.peer:>16}{ratio:>8}{r.noise:6.2f}{r.error:10.1e}"
         )
     for name, value in _ceilings().get("ceilings", {}).items():
