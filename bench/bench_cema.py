@@ -117,7 +117,7 @@ def test_cema_short_segments(
     """All of one length."""
     B, L, D = size
     make = maker(dtype)
-    row = measure(
+    measure(
         benchmark,
         OP,
         (*_arguments(dtype, 1, B * L, D), None, make.bounds(*[length] * (B * L // length))),
@@ -125,8 +125,8 @@ def test_cema_short_segments(
         backward=backward,
         floor="fma",
         peers={"unpacked": _unpacked},
+        label=f" by {length}",
     )
-    row.shape += f" by {length}"
 
 
 @pytest.mark.parametrize("B", [1, 64])

@@ -226,7 +226,7 @@ def measure(
     kind = "".join(text for name, text in kinds.items() if named.get(name) is not None)
     row = Row(
         op=op.name,
-        shape="x".join(map(str, shapes)) + label + kind,
+        shape="x".join(map(str, shapes)) + kind + label,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         direction="forward+backward" if backward else "forward",

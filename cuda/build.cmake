@@ -79,7 +79,8 @@ endif()
 # instructions on raw registers. asan instruments kernels and executor, race the kernels alone.
 foreach(build IN LISTS MEGALODON_SIMT)
   add_library(simt_executor_${build} OBJECT cuda/simt/bulk.cpp cuda/simt/executor.cpp cuda/simt/fiber.cpp
-                                            cuda/simt/memory.cpp cuda/simt/race.cpp cuda/simt/wgmma.cpp)
+                                            cuda/simt/memory.cpp cuda/simt/race.cpp cuda/simt/schedule.cpp
+                                            cuda/simt/wgmma.cpp)
   add_library(simt_kernels_${build} OBJECT ${simt_kernel_sources})
   add_library(simt_test_kernels_${build} OBJECT ${simt_test_kernels})
   target_include_directories(simt_test_kernels_${build} PRIVATE tests/simt)

@@ -7,7 +7,8 @@
 //           columns at a time through time, in blocks of 128 steps, and in each block column after column, so that
 //           memory is read in order, the tables stay in L2 and a block in L1. A block is 16 tiles, worked on as small
 //           products, several tiles and wavelets in registers (cema_tiles.h). What the next block reads is fetched
-//           meanwhile; outputs larger than the caches go past them.
+//           meanwhile; outputs larger than the caches go past them. Of packed rows, many short segments that start
+//           from zeros are convolutions instead (cema_segments.h).
 // Traffic   2 elements moved and 4 N + 4 N / T + (T + 1) / 2 FMA per element, T = 8: 76 at N = 16, compute-bound.
 // Numerics  coefficients from the raw parameters in float64, rounded once. Inside a block the scan's type (float32, or
 //           float64 for float64 x); between blocks a float32 state is a sum of two numbers, and what was carried in is

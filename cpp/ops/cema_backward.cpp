@@ -5,11 +5,11 @@
 //           which is the forward pass with time reversed; and the products of cema_products.h.
 // Layout    x, y, dy, dx [B, L, D]; parameters [D, N], [D], [D, N, 2]; states [B, D, N, 2]; all compact.
 // Mapping   as forward (cema.cpp). A sequence goes through time forward once, keeping the state at every block's start,
-//           then backward, where every block's states are made again, into L1.
+//           then backward, where every block's states are made again, into L1. Many short segments of a packed row,
+//           with neither h0 nor dh, are convolutions instead (cema_segments.h).
 // Traffic   6 elements; per element about 14 N + 16 N / T + T FMA: compute-bound.
 // Numerics  as forward; products are summed in A over the 16 tiles of a block, in float64 over blocks and sequences, in
-// a
-//           fixed order. The steps behind the last whole tile of a sequence are done one by one, in float64.
+//           a fixed order. The steps behind the last whole tile of a sequence are done one by one, in float64.
 // Limits    none on B, L, D; N >= 1.
 #include "ops/cema.h"
 #include "ops/cema_segments.h"

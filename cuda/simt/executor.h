@@ -171,6 +171,12 @@ extern Executor executor;
 void yield();
 std::string describe(const Thread& thread);
 
+// The schedule (schedule.cpp): the one of the environment; the numbers of the blocks as they are to be started; what
+// the block's threads run in one turn, false if none could.
+void read_schedule();
+std::vector<uint32_t> block_order(uint64_t count);
+bool turn(Block& block);
+
 // Shared memory (memory.cpp).
 void reset_shared(Block& block);
 void release_shared();
