@@ -40,8 +40,11 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         (270, 270, 16, 24),  # three tiles of keys, several rounds
         (130, 130, 136, 8),  # keys wider than values
         (390, 256, 8, 264),  # pairs of strips of two chunks, the second's of different lengths
-        (640, 640, 8, 136),  # pairs that share more slabs than there is room for at a time
-        (400, 100, 8, 136),  # chunks of a tile each, two slabs
+        (640, 640, 8, 264),  # pairs that share more slabs than there is room for at a time
+        (400, 100, 8, 136),  # chunks of a tile each, two slabs; more than there are multiprocessors
+        (400, 100, 8, 264),
+        (800, 300, 128, 8),  # strips of one to three tiles of keys, in turns
+        (241, 241, 24, 136),  # a key beyond three of its tiles
         (66, 66, 0, 16),
     ],
 )
@@ -51,22 +54,28 @@ def test_edges(L: int, C: int, S: int, E: int, dtype: torch.dtype) -> None:
     check_gradients(OP, args)
 
 
+def test_more_strips_than_blocks_take_at_a_time() -> None:
+    args = (*qkv(Maker(BF16), 1, 66, 200, 8, 8), 66)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
 @pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("mode", ["key", "weight"])
-@pytest.mark.parametrize("starts", [None, [0, 77, 500]])
+@pytest.mark.parametrize(("starts", "E"), [(None, 264), (None, 136), ([0, 77, 500], 136)])
 def test_packed_rows_with_caches_and_dropout(
-    starts: list[int] | None, mode: str, sliding: bool
+    starts: list[int] | None, E: int, mode: str, sliding: bool
 ) -> None:
     make, lengths, C = Maker(BF16), (140, 1, 90), 100
-    caches = caches_of(make, starts, C, 2, 8, 136)
-    x = qkv(make, 1, sum(lengths), 2, 8, 136)
+    caches = caches_of(make, starts, C, 2, 8, E)
+    x = qkv(make, 1, sum(lengths), 2, 8, E)
     args = (*x, C, 0.3, 5, make.bounds(*lengths), *caches, sliding, mode)
     check_forward(OP, args)
     check_gradients(OP, args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("E", [16, 136])
+@pytest.mark.parametrize("E", [16, 136, 264])
 @pytest.mark.parametrize("scale", [0.0, 4.0, 15.0, 1e3, 3e4])
 def test_scores_of_any_size(scale: float, E: int, dtype: torch.dtype) -> None:
     """Parts of a row whose weights are relative to the same power of two, and to others: scores up
@@ -106,10 +115,11 @@ def test_small_weights_of_f16() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_nan_and_inf_do_not_leave_the_chunk(which: int, bad: float) -> None:
+@pytest.mark.parametrize("E", [8, 136, 264])
+def test_nan_and_inf_do_not_leave_the_chunk(E: int, which: int, bad: float) -> None:
     """Chunks that share slabs, before and behind."""
-    clean = list(qkv(Maker(BF16), 1, 240, 1, 8, 136))
-    dout = Maker(BF16).activation(1, 240, 1, 136)
+    clean = list(qkv(Maker(BF16), 1, 240, 1, 8, E))
+    dout = Maker(BF16).activation(1, 240, 1, E)
 
     def results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]

@@ -8,6 +8,10 @@
 namespace megalodon::cuda {
 
 constexpr int kBulkThreads = kTileThreads + 128;
+// Registers of a thread that multiplies, and of the others: together what the block has from the beginning, when all
+// have as many.
+constexpr int kManyRegisters = 232, kFewRegisters = 40;
+static_assert(kTileThreads * kManyRegisters + 128 * kFewRegisters == 65536 / kBulkThreads / 8 * 8 * kBulkThreads);
 
 // Slabs of a product, by the depths where they begin: first those shared with the other block of a pair, then the rest.
 struct BulkSlabs {
@@ -67,10 +71,6 @@ struct BulkRing {
     fence_barrier_init();
   }
 
-  // Registers of a thread: together what the block has from the beginning, when all have as many.
-  static constexpr int kMany = 232, kFew = 40;
-  static_assert(kTileThreads * kMany + 128 * kFew == 65536 / kBulkThreads / 8 * 8 * kBulkThreads);
-
   // By all threads, of both blocks of a pair: brings() by a warp of the third warpgroup, multiplies() by the
   // others.
   template <class Brings, class Multiplies>
@@ -78,10 +78,10 @@ struct BulkRing {
     sync_cluster();
     if (slabs.count == 0) return;
     if (threadIdx.x >= kTileThreads) {
-      shrink_registers<kFew>();
+      shrink_registers<kFewRegisters>();
       if (threadIdx.x < kTileThreads + 32) brings();
     } else {
-      grow_registers<kMany>();
+      grow_registers<kManyRegisters>();
       multiplies();
       if (slabs.shared > 0) wait_cluster();  // nobody arrives here any more
     }

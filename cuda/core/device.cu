@@ -25,6 +25,14 @@ bool has_wgmma() {
   return major == 9 && minor == 0;
 }
 
+int multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) throw_cuda_error("multiprocessors", status);
+  return count;
+}
+
 // Of the driver as CUDA 12.0 has it.
 static void* driver_function(const char* kernel, const char* name) {
   void* function = nullptr;

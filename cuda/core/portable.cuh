@@ -68,6 +68,13 @@ bool has_wgmma();  // core/device.cu
 inline bool has_wgmma() { return simt::has_wgmma(); }
 #endif
 
+// How many multiprocessors it has.
+#if MEGALODON_NVCC
+int multiprocessors();  // core/device.cu
+#else
+constexpr int multiprocessors() { return simt::kMultiprocessors; }
+#endif
+
 // Runs kernel(args...) on the grid. On the GPU: asynchronously on the stream, nothing allocated, so that it can be
 // captured in a graph.
 template <class... Parameters, class... Args>
@@ -338,6 +345,18 @@ DEVICE T anew(T value) {
   asm volatile("" : "+r"(value));
 #endif
   return value;
+}
+
+// 2^x, to 2 ulp; subnormal results are 0.
+DEVICE float exp2_approximate(float x) {
+#if MEGALODON_NVCC
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = exp2f(x);
+  return result < 0x1p-126f ? 0 : result;
+#endif
 }
 
 DEVICE float widen(float value) { return value; }

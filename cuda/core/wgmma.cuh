@@ -72,55 +72,106 @@ DEVICE uint64_t matrix_descriptor(const void* first, uint32_t leading, uint32_t 
 // "%0, %1, .. " of the sums, and those in their order: registers 4 j to 4 j + 3 are columns 2 j and 2 j + 1 of both
 // rows.
 #define MEGALODON_TEN(t) \
-  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
-#define MEGALODON_SUMS_60 \
-  MEGALODON_TEN() MEGALODON_TEN(1) MEGALODON_TEN(2) MEGALODON_TEN(3) MEGALODON_TEN(4) MEGALODON_TEN(5)
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define MEGALODON_SUMS_30 MEGALODON_TEN() ", " MEGALODON_TEN(1) ", " MEGALODON_TEN(2)
+#define MEGALODON_SUMS_60 MEGALODON_SUMS_30 ", " MEGALODON_TEN(3) ", " MEGALODON_TEN(4) ", " MEGALODON_TEN(5)
+#define MEGALODON_SUMS_64 MEGALODON_SUMS_30 ", %30, %31"
+#define MEGALODON_SUMS_80 MEGALODON_SUMS_30 ", " MEGALODON_TEN(3)
+#define MEGALODON_SUMS_128 MEGALODON_SUMS_60 ", %60, %61, %62, %63"
+#define MEGALODON_SUMS_256                                                                                \
+  MEGALODON_SUMS_60 ", " MEGALODON_TEN(6) ", " MEGALODON_TEN(7) ", " MEGALODON_TEN(8) ", " MEGALODON_TEN( \
+      9) ", " MEGALODON_TEN(10) ", " MEGALODON_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define MEGALODON_SUM(j) "+f"(s[0][2 * (j)]), "+f"(s[0][2 * (j) + 1]), "+f"(s[1][2 * (j)]), "+f"(s[1][2 * (j) + 1])
 #define MEGALODON_SUM_4(j) MEGALODON_SUM(j), MEGALODON_SUM((j) + 1), MEGALODON_SUM((j) + 2), MEGALODON_SUM((j) + 3)
-#define MEGALODON_SUM_16(j) \
-  MEGALODON_SUM_4(j), MEGALODON_SUM_4((j) + 4), MEGALODON_SUM_4((j) + 8), MEGALODON_SUM_4((j) + 12)
-#define MEGALODON_WGMMA_128(type)                                                                  \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" MEGALODON_SUMS_60 \
-               "%60, %61, %62, %63}, %64, %65, 1, 1, 1, %66, %67;"                                 \
-               : MEGALODON_SUM_16(0)                                                               \
-               : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB))
-#define MEGALODON_WGMMA_256(type)                                                                                   \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" MEGALODON_SUMS_60 MEGALODON_TEN(6) \
-                   MEGALODON_TEN(7) MEGALODON_TEN(8) MEGALODON_TEN(9) MEGALODON_TEN(10) MEGALODON_TEN(              \
-                       11) "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, 1, 1, 1, %130, %131;"      \
-               : MEGALODON_SUM_16(0), MEGALODON_SUM_16(16)                                                          \
-               : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB))
+#define MEGALODON_SUM_64 MEGALODON_SUM_4(0), MEGALODON_SUM_4(4)
+#define MEGALODON_SUM_80 MEGALODON_SUM_64, MEGALODON_SUM(8), MEGALODON_SUM(9)
+#define MEGALODON_SUM_128 MEGALODON_SUM_64, MEGALODON_SUM_4(8), MEGALODON_SUM_4(12)
+#define MEGALODON_SUM_256 \
+  MEGALODON_SUM_128, MEGALODON_SUM_4(16), MEGALODON_SUM_4(20), MEGALODON_SUM_4(24), MEGALODON_SUM_4(28)
+// The instruction for n columns; rest: the numbers of its operands that follow the sums.
+#define MEGALODON_WGMMA(n, type, rest) \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" MEGALODON_SUMS_##n "}, " rest ";"
+#define MEGALODON_WGMMA_SHARED(n, type, rest) \
+  asm volatile(MEGALODON_WGMMA(n, type, rest) \
+               : MEGALODON_SUM_##n            \
+               : "l"(a), "l"(b), "n"(int{kAdds}), "n"(kTransposedA), "n"(kTransposedB))
+#define MEGALODON_WGMMA_REGISTERS(n, type, rest) \
+  asm volatile(MEGALODON_WGMMA(n, type, rest)    \
+               : MEGALODON_SUM_##n               \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int{kAdds}), "n"(kTransposedB))
+// f(columns, type, rest) for the columns of s, of those listed, and its type.
+#define MEGALODON_BY_TYPE(f, n, rest)        \
+  if constexpr (kColumns * 4 == n) {         \
+    if constexpr (std::is_same_v<T, bf16>) { \
+      f(n, "bf16", rest);                    \
+    } else {                                 \
+      f(n, "f16", rest);                     \
+    }                                        \
+  }
 #endif
 
-// s += a b, of operands whose lines are depths where they are kTransposed. Neither s nor the memory may be touched
-// before wgmma_wait.
-template <class T, int kTransposedA, int kTransposedB, int kColumns>
+// s += a b, or s = a b, of operands whose lines are depths where they are kTransposed. Neither s nor the memory may be
+// touched before wgmma_wait.
+template <class T, int kTransposedA, int kTransposedB, bool kAdds = true, int kColumns>
 DEVICE void wgmma(float (&s)[2][kColumns], uint64_t a, uint64_t b, [[maybe_unused]] Site site = Site::here()) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
-  static_assert(kColumns == 32 || kColumns == 64);
+  static_assert(kColumns == 16 || kColumns == 20 || kColumns == 32 || kColumns == 64);
 #if MEGALODON_NVCC
-  if constexpr (std::is_same_v<T, bf16> && kColumns == 32) {
-    MEGALODON_WGMMA_128("bf16");
-  } else if constexpr (std::is_same_v<T, bf16>) {
-    MEGALODON_WGMMA_256("bf16");
-  } else if constexpr (kColumns == 32) {
-    MEGALODON_WGMMA_128("f16");
-  } else {
-    MEGALODON_WGMMA_256("f16");
-  }
+  MEGALODON_BY_TYPE(MEGALODON_WGMMA_SHARED, 64, "%32, %33, %34, 1, 1, %35, %36")
+  MEGALODON_BY_TYPE(MEGALODON_WGMMA_SHARED, 80, "%40, %41, %42, 1, 1, %43, %44")
+  MEGALODON_BY_TYPE(MEGALODON_WGMMA_SHARED, 128, "%64, %65, %66, 1, 1, %67, %68")
+  MEGALODON_BY_TYPE(MEGALODON_WGMMA_SHARED, 256, "%128, %129, %130, 1, 1, %131, %132")
 #else
-  simt::wgmma({[](uint16_t bits) { return widen(T{bits}); }, kColumns * 4, kTransposedA != 0, kTransposedB != 0, a, b},
-              s[0], site);
+  simt::wgmma({[](uint16_t bits) { return widen(T{bits}); }, kColumns * 4, kTransposedA != 0, kTransposedB != 0, kAdds,
+               a, b, false},
+              s[0], nullptr, site);
 #endif
 }
 
-// A tile (core/tile_product.cuh) by these instructions: two warpgroups, each with 64 rows and all columns.
-template <class T, int kTileColumnsOf>
-struct WgmmaTile : Fragments<WgmmaTile<T, kTileColumnsOf>, 2, kTileColumnsOf / 4> {
-  using Base = Fragments<WgmmaTile<T, kTileColumnsOf>, 2, kTileColumnsOf / 4>;
+// The same with a, 64 rows and 16 depths, in registers, which no more than s may be touched before wgmma_wait: of a
+// warp w, with g and t as above (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16"),
+//   a[0] row 16 w + g, depths 2 t and 2 t + 1; a[1] row 16 w + g + 8; a[2], a[3] the same rows, depths 8 higher.
+// So sums of one product, made 16-bit numbers, are the operand a of the next.
+template <class T, int kTransposedB, int kColumns>
+DEVICE void wgmma(float (&s)[2][kColumns], const uint32_t (&a)[4], uint64_t b,
+                  [[maybe_unused]] Site site = Site::here()) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
+  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 64);
+#if MEGALODON_NVCC
+  constexpr bool kAdds = true;
+  MEGALODON_BY_TYPE(MEGALODON_WGMMA_REGISTERS, 64, "{%32, %33, %34, %35}, %36, %37, 1, 1, %38")
+  MEGALODON_BY_TYPE(MEGALODON_WGMMA_REGISTERS, 128, "{%64, %65, %66, %67}, %68, %69, 1, 1, %70")
+  MEGALODON_BY_TYPE(MEGALODON_WGMMA_REGISTERS, 256, "{%128, %129, %130, %131}, %132, %133, 1, 1, %134")
+#else
+  simt::wgmma({[](uint16_t bits) { return widen(T{bits}); }, kColumns * 4, false, kTransposedB != 0, true, 0, b, true},
+              s[0], a, site);
+#endif
+}
+
+// The sums of two warpgroups, each with 64 rows and all columns.
+template <int kTileColumnsOf>
+struct WgmmaSums : Fragments<WgmmaSums<kTileColumnsOf>, 2, kTileColumnsOf / 4> {
+  using Base = Fragments<WgmmaSums<kTileColumnsOf>, 2, kTileColumnsOf / 4>;
   using Base::kColumns, Base::sum;
-  using Weight = T;
   static constexpr int kTile = 128, kTileColumns = kTileColumnsOf;
+
+  static DEVICE int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 16; }
+  static DEVICE int warp_column() { return 0; }
+
+  // They are there, all but those of the last kGroupsLeft groups.
+  template <int kGroupsLeft = 0>
+  DEVICE void finish() {
+    wgmma_wait<kGroupsLeft>();
+    UNROLL
+    for (int c = 0; c < kColumns; ++c) sum[0][c] = settled(sum[0][c]), sum[1][c] = settled(sum[1][c]);
+  }
+};
+
+// A tile (core/tile_product.cuh) by these instructions.
+template <class T, int kTileColumnsOf>
+struct WgmmaTile : WgmmaSums<kTileColumnsOf> {
+  using WgmmaSums<kTileColumnsOf>::sum, WgmmaSums<kTileColumnsOf>::kTile, WgmmaSums<kTileColumnsOf>::kTileColumns;
+  using Weight = T;
   static constexpr int kDepth = 64;
   static constexpr int kLag = 1;
   static constexpr int kStages = kTileColumns > 128 ? 4 : 3;  // 192 KB for one block, or 96 KB for each of two
@@ -134,9 +185,6 @@ struct WgmmaTile : Fragments<WgmmaTile<T, kTileColumnsOf>, 2, kTileColumnsOf / 4
     Slab<kTile> a;
     Slab<kTileColumns> b;
   };
-
-  static DEVICE int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 16; }
-  static DEVICE int warp_column() { return 0; }
 
   template <bool kAlongDepth, class S>
   static DEVICE T* place_of(S& slab, int row, int depth) {
@@ -172,12 +220,6 @@ struct WgmmaTile : Fragments<WgmmaTile<T, kTileColumnsOf>, 2, kTileColumnsOf / 4
     }
     wgmma_commit();
     wgmma_wait<kLag>();
-  }
-  // The sums are there.
-  DEVICE void finish() {
-    wgmma_wait<0>();
-    UNROLL
-    for (int c = 0; c < kColumns; ++c) sum[0][c] = settled(sum[0][c]), sum[1][c] = settled(sum[1][c]);
   }
 };
 

@@ -64,6 +64,15 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
+template <class T, int V, class A>
+void launch_dot(const ChunkAttentionBackward& args, A* D, void* stream) {
+  const int64_t blocks = ceil_div(args.sequences.tokens() * args.H, kTileThreads / 32);
+  launch({"chunk_attention_dot", dim3(static_cast<unsigned>(blocks < 65535 ? blocks : 65535)), dim3(kTileThreads), 0,
+          stream},
+         chunk_attention_dot_kernel<T, V>, static_cast<const T*>(args.dout), static_cast<const T*>(args.o), D,
+         args.sequences.tokens(), args.sequences.length, args.H, args.E);
+}
+
 // Block (query tile, strip).
 template <class T, class Tile, bool kPacked>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T, Tile, kPacked>)
@@ -305,13 +314,8 @@ void launch_backward(const ChunkAttentionBackward& args, const Round& round, con
 // launch_products(args, round, scratch, stream): dv, dk and dq.
 template <class T, class Tile, bool kPacked, class Launch>
 void backward(const ChunkAttentionBackward& args, void* stream, Launch&& launch_products) {
-  constexpr int V = kPacked ? kPackOf<T> : 1;
   const BackwardScratch<Tile> scratch(args);
-  const int64_t row_blocks = ceil_div(args.sequences.tokens() * args.H, kTileThreads / 32);
-  launch({"chunk_attention_dot", dim3(static_cast<unsigned>(row_blocks < 65535 ? row_blocks : 65535)),
-          dim3(kTileThreads), 0, stream},
-         chunk_attention_dot_kernel<T, V>, static_cast<const T*>(args.dout), static_cast<const T*>(args.o), scratch.D,
-         args.sequences.tokens(), args.sequences.length, args.H, args.E);
+  launch_dot<T, kPacked ? kPackOf<T> : 1>(args, scratch.D, stream);
   for_rounds(Strips::of(args, Tile::kTile, true), scratch.strips, [&](const Round& round) {
     launch({"chunk_attention_weigh_backward",
             dim3(static_cast<unsigned>(scratch.query_tiles), static_cast<unsigned>(round.count)), dim3(kTileThreads),

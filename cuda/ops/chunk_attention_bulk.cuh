@@ -14,9 +14,9 @@ bool uses_bulk(const ChunkAttention& args) {
   return !args.sliding && !args.cached && args.S > 0 && args.E > 0 && args.sequences.tokens() < int64_t{1} << 31;
 }
 
-// Rows of q, k, v or dout, n numbers for each head, as copies see them.
-TensorMap rows_map(const char* kernel, const ChunkAttention& args, const void* tensor, int64_t n) {
-  return tensor_map(kernel, tensor, {n, args.H, args.sequences.tokens()}, {n, args.H * n}, 64);
+// Rows of q, k, v or dout, n numbers for each head, as copies see them, so many at a time.
+TensorMap rows_map(const char* kernel, const ChunkAttention& args, const void* tensor, int64_t n, int rows = 64) {
+  return tensor_map(kernel, tensor, {n, args.H, args.sequences.tokens()}, {n, args.H * n}, rows);
 }
 // Tiles of weights: `lines` rows at a time.
 template <class Tile>

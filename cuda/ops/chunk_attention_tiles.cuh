@@ -103,7 +103,7 @@ struct RescaledWeightsOperand : WeightsOperand<Tile, true> {
   }
 };
 
-// A tile of kTile queries and kTile keys of a chunk, by its first places.
+// A tile of queries and keys of a chunk, by its first places.
 struct ScoreTile {
   Chunk chunk;
   int64_t query, key;
@@ -113,8 +113,8 @@ struct ScoreTile {
     const int64_t end = query + size < chunk.end ? query + size : chunk.end;
     return query >= chunk.first && query < chunk.end && key < end && key + size > query - C + 1;
   }
-  DEVICE bool all(int size, int64_t C) const {
-    return key >= 0 && key + size <= query + 1 && query + size <= chunk.end && key > query + size - 1 - C;
+  DEVICE bool all(int queries, int keys, int64_t C) const {
+    return key >= 0 && key + keys <= query + 1 && query + queries <= chunk.end && key > query + queries - 1 - C;
   }
 };
 
@@ -136,48 +136,58 @@ DEVICE unsigned dropped_keys(const ChunkAttention& args, const Chunk& chunk, uin
   return bits >> skipped & ((1u << n) - 1);
 }
 
-// Sets the tile's numbers to `value` where the key is dropped.
-template <class Tile>
-DEVICE void set_dropped(Tile& tile, const ChunkAttention& args, const ScoreTile& at, typename Tile::Sum value) {
-  // First the draws, as bits: the loop around them need not be unrolled.
-  static_assert(Tile::kRows * Tile::kColumns <= 64);
+// A bit for each of a thread's numbers, row by row, set where the key is dropped. of_keys: rows are keys.
+template <class Tile, bool of_keys = false>
+DEVICE uint64_t dropped_bits(const ChunkAttention& args, const ScoreTile& at) {
+  constexpr int kNumbers = Tile::kRows * Tile::kColumns, kRun = of_keys ? 1 : Tile::kRun;
+  static_assert(kNumbers <= 64);
   uint64_t dropped = 0;
-  for (int n = Tile::kRows * Tile::kColumns - Tile::kRun; n >= 0; n -= Tile::kRun) {
-    const auto i = static_cast<uint32_t>(at.query + Tile::row(n / Tile::kColumns));
-    const auto j = static_cast<uint32_t>(at.key + Tile::column(n % Tile::kColumns));
-    dropped = dropped << Tile::kRun | dropped_keys<Tile::kRun>(args, at.chunk, at.chunk.start + j, at.chunk.start + i);
+  ROLL for (int n = kNumbers - kRun; n >= 0; n -= kRun) {
+    const int row = Tile::row(n / Tile::kColumns), column = Tile::column(n % Tile::kColumns);
+    const auto i = static_cast<uint32_t>(at.query + (of_keys ? column : row));
+    const auto j = static_cast<uint32_t>(at.key + (of_keys ? row : column));
+    dropped = dropped << kRun | dropped_keys<kRun>(args, at.chunk, at.chunk.start + j, at.chunk.start + i);
   }
+  return dropped;
+}
+
+// Sets the tile's numbers to `value` where the key is dropped.
+template <bool of_keys = false, class Tile>
+DEVICE void set_dropped(Tile& tile, const ChunkAttention& args, const ScoreTile& at, typename Tile::Sum value) {
+  const uint64_t dropped = dropped_bits<Tile, of_keys>(args, at);
   UNROLL
   for (int n = 0; n < Tile::kRows * Tile::kColumns; ++n) {
     if (dropped >> n & 1) tile.sum[n / Tile::kColumns][n % Tile::kColumns] = value;
   }
 }
 
-// Sets the scores of the keys that a query does not see to -infinity.
-template <class Tile>
+// Sets the scores of the keys that a query does not see to -infinity. of_keys: rows are keys.
+template <bool of_keys = false, class Tile>
 DEVICE void hide_keys(Tile& tile, const ChunkAttention& args, const ScoreTile& at) {
   using A = typename Tile::Sum;
   const A lowest = -static_cast<A>(INFINITY);
-  if (!at.all(Tile::kTile, args.C)) {
-    // In rows and columns of the tile: those there are, and what row 0 would see, in numbers that none exceeds.
+  constexpr int kQueries = of_keys ? Tile::kTileColumns : Tile::kTile;
+  constexpr int kKeys = of_keys ? Tile::kTile : Tile::kTileColumns;
+  if (!at.all(kQueries, kKeys, args.C)) {
+    // In queries and keys of the tile: those there are, and what query 0 would see, in numbers that none exceeds.
     const auto bounded = [](int64_t n) {
-      constexpr int64_t most = 2 * Tile::kTile;
+      constexpr int64_t most = 2 * (kQueries + kKeys);
       return static_cast<int>(n > most ? most : n < -most ? -most : n);
     };
-    const int first = bounded(-at.key), rows = bounded(at.chunk.end - at.query);
+    const int first = bounded(-at.key), queries = bounded(at.chunk.end - at.query);
     const int high = bounded(at.query - at.key), low = bounded(at.query - at.key - args.C + 1);
     UNROLL
     for (int r = 0; r < Tile::kRows; ++r) {
       const int row = Tile::row(r);
       UNROLL
       for (int c = 0; c < Tile::kColumns; ++c) {
-        const int column = Tile::column(c);
-        const bool is_seen = row < rows && column >= first && column <= row + high && column >= row + low;
+        const int column = Tile::column(c), query = of_keys ? column : row, key = of_keys ? row : column;
+        const bool is_seen = query < queries && key >= first && key <= query + high && key >= query + low;
         if (!is_seen) tile.sum[r][c] = lowest;
       }
     }
   }
-  if (args.drop_below != 0 && !args.drops_weights) set_dropped(tile, args, at, lowest);
+  if (args.drop_below != 0 && !args.drops_weights) set_dropped<of_keys>(tile, args, at, lowest);
 }
 
 // The tile into rows `begin` .. end - 1 of a chunk's tensor, from column `column` of `columns` on.

@@ -34,6 +34,7 @@ struct AsyncCopy {
 struct IssuedWgmma {
   Wgmma instruction;
   float* sums;  // of lane 0
+  const uint32_t* registers_of_a[32];
 };
 
 // Registers that products in flight are added to.

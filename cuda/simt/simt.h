@@ -53,6 +53,8 @@ struct Launch {
 
 // Whether the GPU that the executor stands for is a Hopper: MEGALODON_SIMT_ARCHITECTURE = 90 (default) or 80.
 bool has_wgmma();
+// It has so few multiprocessors that in small tests, too, blocks have more to do than one thing.
+constexpr int kMultiprocessors = 3;
 
 // Runs `body` once per thread of the grid; returns when all are done. Throws std::runtime_error on a mistake.
 void run(const Launch& launch, const std::function<void()>& body);
@@ -125,15 +127,19 @@ struct Wgmma {
   float (*widen)(uint16_t bits);
   int columns;
   bool transposed_a, transposed_b;
+  bool adds;      // or the sums before do not count
   uint64_t a, b;  // descriptors
+  bool has_registers_of_a;
   bool operator==(const Wgmma& other) const {
     return widen == other.widen && columns == other.columns && transposed_a == other.transposed_a &&
-           transposed_b == other.transposed_b && a == other.a && b == other.b;
+           transposed_b == other.transposed_b && adds == other.adds && a == other.a && b == other.b &&
+           has_registers_of_a == other.has_registers_of_a;
   }
 };
 
-// sums, [2][columns / 4] of each lane, += a b, when it is waited for; until then they hold NaN.
-void wgmma(const Wgmma& instruction, float* sums, Site site);
+// sums, [2][columns / 4] of each lane, += a b, when it is waited for; until then they hold NaN. registers_of_a, if it
+// has them, are read then, too.
+void wgmma(const Wgmma& instruction, float* sums, const uint32_t* registers_of_a, Site site);
 void wgmma_fence();
 void wgmma_commit(Site site);
 void wgmma_wait(int groups_left, Site site);
@@ -141,8 +147,7 @@ void wgmma_wait(int groups_left, Site site);
 void fence_async_proxy();
 uint32_t shared_address(const void* shared);
 
-// ---- barriers in shared memory, tensor copies, clusters
-// ---------------------------------------------------------------
+// ---- barriers in shared memory, tensor copies, clusters --------------------------------------------------------------
 
 // A tensor of 16-bit numbers, the first dimension contiguous, and the box of it that a copy takes.
 struct TensorMap {

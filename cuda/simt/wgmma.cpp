@@ -47,7 +47,7 @@ void read_operands(const Thread& thread, const Wgmma& wgmma) {
   if (thread.lane != 0) return;
   const auto read = [](const char* pack) { race_read_async(pack, 16); };
   const int first = static_cast<int>(thread.warp->index) % kWarps * 16;
-  for_packs(*thread.block, wgmma.a, wgmma.transposed_a, first, 16, read);
+  if (!wgmma.has_registers_of_a) for_packs(*thread.block, wgmma.a, wgmma.transposed_a, first, 16, read);
   for_packs(*thread.block, wgmma.b, wgmma.transposed_b, 0, wgmma.columns, read);
 #else
   (void)thread, (void)wgmma;
@@ -70,6 +70,19 @@ std::vector<float> numbers(const Block& block, const Wgmma& wgmma, uint64_t bits
   return values;
 }
 
+// a of a warp, 16 rows, from its registers.
+std::vector<float> numbers_of_registers(const IssuedWgmma& issued) {
+  std::vector<float> values(16 * kDepths);
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 8; ++i) {  // halves of four registers
+      const int row = lane / 4 + i / 2 % 2 * 8, depth = lane % 4 * 2 + i % 2 + i / 4 * 8;
+      const auto number = static_cast<uint16_t>(issued.registers_of_a[lane][i / 2] >> i % 2 * 16);
+      values[row * kDepths + depth] = issued.instruction.widen(number);
+    }
+  }
+  return values;
+}
+
 WarpSums& sums_of(Warp& warp, float* first) {
   for (WarpSums& sums : warp.sums) {
     if (sums.registers[0] == first) return sums;
@@ -80,7 +93,9 @@ WarpSums& sums_of(Warp& warp, float* first) {
 void complete(Warp& warp, const IssuedWgmma& issued) {
   const Block& block = *warp.lanes[0]->block;
   const Wgmma& wgmma = issued.instruction;
-  const auto a = numbers(block, wgmma, wgmma.a, wgmma.transposed_a, static_cast<int>(warp.index) % kWarps * 16, 16);
+  const int first = static_cast<int>(warp.index) % kWarps * 16;
+  const auto a = wgmma.has_registers_of_a ? numbers_of_registers(issued)
+                                          : numbers(block, wgmma, wgmma.a, wgmma.transposed_a, first, 16);
   const auto b = numbers(block, wgmma, wgmma.b, wgmma.transposed_b, 0, wgmma.columns);
   WarpSums& sums = sums_of(warp, issued.sums);
   const int columns = wgmma.columns / 4;  // of a lane
@@ -89,7 +104,8 @@ void complete(Warp& warp, const IssuedWgmma& issued) {
       const int row = lane / 4 + i / columns * 8, c = i % columns, column = c / 2 * 8 + lane % 4 * 2 + c % 2;
       float sum = 0;
       for (int depth = 0; depth < kDepths; ++depth) sum += a[row * kDepths + depth] * b[column * kDepths + depth];
-      sums.values[lane * 2 * columns + i] += sum;
+      float& value = sums.values[lane * 2 * columns + i];
+      value = wgmma.adds ? value + sum : sum;
     }
   }
   if (--sums.in_flight > 0) return;
@@ -107,6 +123,7 @@ void complete(Warp& warp, const IssuedWgmma& issued) {
 struct IssueOperand {
   Wgmma instruction;
   float* sums;
+  const uint32_t* registers_of_a;
   Warp* warp;
 };
 
@@ -129,6 +146,9 @@ void issue(void* const operands[32], uint32_t mask, uint32_t live) {
   }
   ++warp.wgmmas;
   const int count = first.instruction.columns / 2;
+  if (first.instruction.has_registers_of_a && !warp.fenced) {
+    fail("wgmma: no wgmma_fence between its operand's being written and it");
+  }
   WarpSums* sums = nullptr;
   for (WarpSums& known : warp.sums) {
     if (known.registers[0] == first.sums) sums = &known;
@@ -146,7 +166,11 @@ void issue(void* const operands[32], uint32_t mask, uint32_t live) {
   }
   ++sums->in_flight;
   if (warp.groups.empty()) warp.groups.emplace_back();
-  warp.groups.back().push_back({first.instruction, first.sums});
+  IssuedWgmma issued{first.instruction, first.sums, {}};
+  for (int lane = 0; lane < 32; ++lane) {
+    issued.registers_of_a[lane] = static_cast<IssueOperand*>(operands[lane])->registers_of_a;
+  }
+  warp.groups.back().push_back(issued);
 }
 
 struct WaitOperand {
@@ -197,10 +221,10 @@ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(pointer - block.arena);
 }
 
-void wgmma(const Wgmma& instruction, float* sums, Site site) {
+void wgmma(const Wgmma& instruction, float* sums, const uint32_t* registers_of_a, Site site) {
   Thread& thread = *executor.current;
   read_operands(thread, instruction);
-  IssueOperand operand{instruction, sums, thread.warp};
+  IssueOperand operand{instruction, sums, registers_of_a, thread.warp};
   warp_meet(0xffffffffu, WarpOp::kWgmma, &operand, issue, site);
 }
 

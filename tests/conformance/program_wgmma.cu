@@ -7,8 +7,10 @@ namespace megalodon::cuda {
 namespace {
 
 // In: words of the slabs of a (64 rows) and b, 64 deep, as they lie in shared memory, and sums; out: the sums, to which
-// the product is added by four instructions.
-template <class T, int kRowsOfB, int kTransposedA, int kTransposedB>
+// the product is added by four instructions, or which it becomes. Of a kInRegisters the words are its operands'.
+constexpr int kInRegisters = 2;
+
+template <class T, int kRowsOfB, int kTransposedA, int kTransposedB, bool kAdds>
 struct WgmmaRun {
   static constexpr int kWordsOfA = 64 * 64 / 2, kWordsOfB = kRowsOfB * 64 / 2, kSums = kRowsOfB / 2;
   static constexpr int kLanes = 128, kSharedBytes = (kWordsOfA + kWordsOfB) * 4;
@@ -25,13 +27,22 @@ struct WgmmaRun {
     UNROLL
     for (int i = 0; i < kSums; ++i) sum[i / (kSums / 2)][i % (kSums / 2)] = bits_as<float>(in[kOfA + kOfB + i]);
     constexpr uint32_t kPattern = 1024, kLeading = 64 * 128;
-    uint64_t a = matrix_descriptor(words, kTransposedA ? kLeading : 0, kPattern);
-    uint64_t b = matrix_descriptor(words + kWordsOfA, kTransposedB ? kLeading : 0, kPattern);
+    uint64_t a = matrix_descriptor(words, kTransposedA != 0 ? kLeading : 0, kPattern);
+    uint64_t b = matrix_descriptor(words + kWordsOfA, kTransposedB != 0 ? kLeading : 0, kPattern);
+    uint32_t registers[4][4];
+    UNROLL
+    for (int i = 0; i < 16; ++i) registers[i / 4][i % 4] = in[i];
     wgmma_fence();
     UNROLL
     for (int i = 0; i < 4; ++i) {  // 16 depths: 32 bytes of a line, or 16 lines
-      wgmma<T, kTransposedA, kTransposedB>(sum, a, b);
-      a += (kTransposedA ? 16 * 128 : 32) / 16, b += (kTransposedB ? 16 * 128 : 32) / 16;
+      if constexpr (kTransposedA == kInRegisters) {
+        wgmma<T, kTransposedB>(sum, registers[i], b);
+      } else if (i == 0) {
+        wgmma<T, kTransposedA, kTransposedB, kAdds>(sum, a, b);
+      } else {
+        wgmma<T, kTransposedA, kTransposedB>(sum, a, b);
+      }
+      a += (kTransposedA != 0 ? 16 * 128 : 32) / 16, b += (kTransposedB != 0 ? 16 * 128 : 32) / 16;
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -40,12 +51,27 @@ struct WgmmaRun {
   }
 };
 
+template <class T, int kRowsOfB, int kTransposedA, int kTransposedB, bool kAdds = true>
+void add(const std::string& type) {
+  const std::string a = kTransposedA == kInRegisters ? "registers" : std::to_string(kTransposedA);
+  wrappers()["wgmma<" + type + ", " + std::to_string(kRowsOfB) + ", " + a + ", " + std::to_string(kTransposedB) + ", " +
+             std::to_string(kAdds) + ">"] = run<WgmmaRun<T, kRowsOfB, kTransposedA, kTransposedB, kAdds>>;
+}
+
 template <class T, int kRowsOfB>
-void add(const std::string& name) {
-  wrappers()[name + ", 0, 0>"] = run<WgmmaRun<T, kRowsOfB, 0, 0>>;
-  wrappers()[name + ", 0, 1>"] = run<WgmmaRun<T, kRowsOfB, 0, 1>>;
-  wrappers()[name + ", 1, 0>"] = run<WgmmaRun<T, kRowsOfB, 1, 0>>;
-  wrappers()[name + ", 1, 1>"] = run<WgmmaRun<T, kRowsOfB, 1, 1>>;
+void add_all(const std::string& type) {
+  add<T, kRowsOfB, 0, 0>(type), add<T, kRowsOfB, 0, 1>(type);
+  add<T, kRowsOfB, 1, 0>(type), add<T, kRowsOfB, 1, 1>(type);
+}
+
+template <class T>
+void add_type(const std::string& type) {
+  add_all<T, 128>(type), add_all<T, 256>(type);
+  add<T, 64, kInRegisters, 0>(type), add<T, 64, kInRegisters, 1>(type);
+  add<T, 128, kInRegisters, 0>(type), add<T, 128, kInRegisters, 1>(type);
+  add<T, 256, kInRegisters, 0>(type), add<T, 256, kInRegisters, 1>(type);
+  add<T, 64, 0, 0>(type), add<T, 80, 0, 0>(type);
+  add<T, 64, 0, 0, false>(type), add<T, 80, 0, 0, false>(type), add<T, 128, 0, 0, false>(type);
 }
 
 // Shared memory after 16 lines of a tensor [40][3][96] have come from (x, y, z) on, to each of the blocks.
@@ -87,10 +113,8 @@ std::vector<uint32_t> run_copy(const std::vector<uint32_t>& in) {
 }
 
 const bool kAdded = [] {
-  add<bf16, 128>("wgmma<bf16, 128");
-  add<bf16, 256>("wgmma<bf16, 256");
-  add<f16, 128>("wgmma<f16, 128");
-  add<f16, 256>("wgmma<f16, 256");
+  add_type<bf16>("bf16");
+  add_type<f16>("f16");
   wrappers()["tensor_copy<0, 0, 0, 1>"] = run_copy<0, 0, 0, 1>;
   wrappers()["tensor_copy<32, 1, 7, 1>"] = run_copy<32, 1, 7, 1>;
   wrappers()["tensor_copy<64, 2, 30, 1>"] = run_copy<64, 2, 30, 1>;

@@ -273,8 +273,62 @@ __global__ void warpgroup_product_kernel(const float* a, const float* b, float* 
   if (kBug != Bug::kEarlySums) write();
 }
 
-// ---- tensor copies: the first warp adds tiles that a thread of the second brings, two blocks share each
-// -----------------
+// ---- two products by a warpgroup, the sums of the first in registers the operand of the second ------------------------
+
+template <Bug kBug>
+__global__ void chained_products_kernel(const float* a, const float* b, float* product) {
+  constexpr int kDepths = 64;
+  struct alignas(1024) Slab {
+    bf16 v[128 * kDepths];
+  };
+  DYNAMIC_SHARED(Slab, slabs);
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto put = [&](Slab& slab, const float* from, int rows) {
+    for (int i = thread; i < rows * kDepths; i += kThreads) {
+      const int row = i / kDepths, d = i % kDepths;
+      slab.v[row * kDepths + (d / 8 ^ row % 8) * 8 + d % 8] = narrow<bf16>(from[i]);
+    }
+  };
+  put(slabs[0], a, 64);
+  put(slabs[1], b, 128);
+  fence_async_proxy();
+  sync_block();  // the slabs are there
+  float sum[2][32], out[2][16] = {};
+  for (float(&row)[32] : sum) {
+    for (float& value : row) value = 1;
+  }
+  uint64_t of_a = matrix_descriptor(slabs[0].v, 0, 1024), of_b = matrix_descriptor(slabs[1].v, 0, 1024);
+  wgmma_fence();
+  for (int i = 0; i < kDepths / 16; ++i, of_a += 2, of_b += 2) {
+    if (i == 0 && kBug != Bug::kOldSums) {
+      wgmma<bf16, 0, 0, false>(sum, of_a, of_b);
+    } else {
+      wgmma<bf16, 0, 0>(sum, of_a, of_b);
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  uint32_t operand[8][4];
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      const int r = kBug == Bug::kSwappedFragments ? j / 2 : j % 2;
+      operand[i][j] = bits_as<uint32_t>(narrow_run<bf16, 2>(&sum[r][4 * i + (j / 2 + j % 2 - r) * 2]));
+    }
+  }
+  if (kBug != Bug::kMissingWgmmaFence) wgmma_fence();
+  of_b = matrix_descriptor(slabs[1].v, 128 * 128, 1024);  // its rows are depths now
+  for (int i = 0; i < 8; ++i, of_b += 128) wgmma<bf16, 1>(out, operand[i], of_b);
+  wgmma_commit();
+  if (kBug == Bug::kOverwrittenOperand) operand[7][0] = 0;
+  wgmma_wait<0>();
+  for (int r = 0; r < 2; ++r) {
+    for (int c = 0; c < 16; ++c) {
+      product[(thread / 32 * 16 + r * 8 + thread % 32 / 4) * kDepths + c / 2 * 8 + thread % 4 * 2 + c % 2] = out[r][c];
+    }
+  }
+}
+
+// ---- tensor copies: the first warp adds tiles that a thread of the second brings, two blocks share each -------------
 
 struct alignas(1024) LineTile {
   uint16_t v[8][64];
@@ -408,6 +462,14 @@ void warpgroup_product(Bug bug, const float* a, const float* b, float* product) 
            Bug::kMissingWgmmaFence, Bug::kMissingWgmmaWait, Bug::kEarlySums, Bug::kOverwrittenOperand>(
       bug, [&](auto kBug) {
         launch({"warpgroup_product", dim3(1), dim3(kThreads), 192 * 64 * 2}, warpgroup_product_kernel<kBug()>, a, b,
+               product);
+      });
+}
+
+void chained_products(Bug bug, const float* a, const float* b, float* product) {
+  with_bug<Bug::kNone, Bug::kSwappedFragments, Bug::kMissingWgmmaFence, Bug::kOverwrittenOperand, Bug::kOldSums>(
+      bug, [&](auto kBug) {
+        launch({"chained_products", dim3(1), dim3(kThreads), 2 * 128 * 64 * 2}, chained_products_kernel<kBug()>, a, b,
                product);
       });
 }

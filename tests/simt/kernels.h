@@ -30,6 +30,7 @@ enum class Bug {
   kMissingWgmmaWait,
   kEarlySums,
   kOverwrittenOperand,
+  kOldSums,
   kMissingFullWait,
   kMissingFreeWait,
   kEarlyRelease,
@@ -53,6 +54,8 @@ void load_matrices(const uint16_t* matrices, uint32_t* taken);
 void matrix_product(Bug bug, const float* a, const float* b, float* products);
 // a [64, 128] and b [128, 128], rows and columns along the depth, bf16 -> a b [64, 128].
 void warpgroup_product(Bug bug, const float* a, const float* b, float* product);
+// a [64, 64] and b [128, 64], bf16 -> (a b^T) b [64, 64].
+void chained_products(Bug bug, const float* a, const float* b, float* product);
 // Tiles of 8 x 64 16-bit numbers -> their sum, twice [2][512].
 void tensor_tiles(Bug bug, const uint16_t* x, uint32_t* sums, int tiles);
 void waits(Bug bug, const float* x, float* y);

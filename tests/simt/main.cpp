@@ -134,6 +134,24 @@ bool warpgroup_product(Bug bug) {
   return right;
 }
 
+bool chained_products(Bug bug) {
+  std::vector<float> a = numbers(64 * 64), b = numbers(128 * 64);
+  for (int i = 0; i < 64 * 64; ++i) a[i] = a[i] * (i % 16 == i / 64 % 16);  // so that bf16 holds the first sums
+  std::vector<float> product(64 * 64, kNan);
+  megalodon::cuda::chained_products(bug, a.data(), b.data(), product.data());
+  bool right = true;
+  for (int i = 0; i < 64 * 64; ++i) {
+    float whole = 0;
+    for (int n = 0; n < 128; ++n) {
+      float sum = 0;
+      for (int d = 0; d < 64; ++d) sum += a[i / 64 * 64 + d] * b[n * 64 + d];
+      whole += sum * b[n * 64 + i % 64];
+    }
+    right &= product[i] == whole;
+  }
+  return right;
+}
+
 bool tensor_tiles(Bug bug) {
   const int tiles = 9;
   std::vector<uint16_t> storage(tiles * 512 + 8);
@@ -159,6 +177,7 @@ const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", ro
                                                                   {"load_matrices", load_matrices},
                                                                   {"matrix_product", matrix_product},
                                                                   {"warpgroup_product", warpgroup_product},
+                                                                  {"chained_products", chained_products},
                                                                   {"tensor_tiles", tensor_tiles}};
 
 const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
@@ -185,6 +204,7 @@ const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_wgmma_wait", Bug::kMissingWgmmaWait},
                                           {"early_sums", Bug::kEarlySums},
                                           {"overwritten_operand", Bug::kOverwrittenOperand},
+                                          {"old_sums", Bug::kOldSums},
                                           {"missing_full_wait", Bug::kMissingFullWait},
                                           {"missing_free_wait", Bug::kMissingFreeWait},
                                           {"early_release", Bug::kEarlyRelease},

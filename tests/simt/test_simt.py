@@ -58,6 +58,10 @@ SEEDED = {
     ("warpgroup_product", "missing_wgmma_wait"): ("has waited for its matrix products",) * 3,
     ("warpgroup_product", "early_sums"): ("wrong",) * 3,
     ("warpgroup_product", "overwritten_operand"): ("wrong", "wrong", "wgmma reads what thread"),
+    ("chained_products", "swapped_fragments"): ("wrong",) * 3,
+    ("chained_products", "missing_wgmma_fence"): ("no wgmma_fence between its operand's",) * 3,
+    ("chained_products", "overwritten_operand"): ("wrong",) * 3,
+    ("chained_products", "old_sums"): ("wrong",) * 3,
     ("tensor_tiles", "missing_full_wait"): (
         "an arrival at a barrier whose phase",
         "an arrival at a barrier whose phase",
@@ -85,6 +89,7 @@ KERNELS = (
     "load_matrices",
     "matrix_product",
     "warpgroup_product",
+    "chained_products",
     "tensor_tiles",
     "waits",
 )
