@@ -54,6 +54,9 @@ struct {
   Cell* cells = nullptr;
 } recent[kRecent];
 std::unordered_map<const void*, Knowledge> published;  // by the atomics on this address
+// Of cells that several warps have read, and not by wgmma alone, in blocks whose warps may know of each other by
+// mbarriers: these warps, with their epochs then.
+std::unordered_map<uintptr_t, Knowledge> readers;
 
 enum Level : uint64_t { kBlock, kWarp, kThread };
 
@@ -85,14 +88,21 @@ bool knows(const Thread& thread, uint64_t key, uint32_t number) {
   return false;
 }
 
-bool ordered(const Access& earlier, const Thread& thread) {
+// of_cell: its readers, where an access is theirs.
+bool ordered(const Access& earlier, const Thread& thread, const Knowledge* of_cell = nullptr) {
   const Block& block = *thread.block;
   if (earlier.block == block.number) {
     if (earlier.epoch < block.epoch || earlier.thread == thread.linear) return true;
     if (earlier.warp == thread.warp->index && earlier.warp_epoch < thread.warp->epoch) return true;
   }
   if (knows(thread, key_of(kBlock, earlier.block, 0), earlier.epoch)) return true;
-  if (earlier.warp == kSeveral) return false;
+  if (earlier.warp == kSeveral) {
+    if (of_cell == nullptr || earlier.block != block.number) return false;
+    const uint64_t own = key_of(kWarp, block.number, thread.warp->index);
+    return std::all_of(of_cell->begin(), of_cell->end(), [&](const auto& reader) {
+      return knows(thread, reader.first, reader.second) || (reader.first == own && reader.second < thread.warp->epoch);
+    });
+  }
   if (knows(thread, key_of(kWarp, earlier.block, earlier.warp), earlier.warp_epoch)) return true;
   return earlier.thread != kSeveral && knows(thread, key_of(kThread, earlier.block, earlier.thread), earlier.clock);
 }
@@ -131,8 +141,8 @@ std::string place_of(const void* code) {
 }
 
 void check(const Access& earlier, const char* what, const Access& now, const char* how, const void* address,
-           const Thread& thread) {
-  if (earlier.epoch == 0 || (earlier.atomic && now.atomic) || ordered(earlier, thread)) return;
+           const Thread& thread, const Knowledge* of_cell = nullptr) {
+  if (earlier.epoch == 0 || (earlier.atomic && now.atomic) || ordered(earlier, thread, of_cell)) return;
   const char* where = executor.in_arenas(address) ? "shared" : "global";
   const std::string who = earlier.thread == kSeveral ? "several threads" : "thread " + std::to_string(earlier.thread);
   fail("RACE: %s of %s memory %p, after an unordered %s by %s of block %u (code at %s and %s)", how, where, address,
@@ -146,7 +156,21 @@ inline bool is_private(const void* pointer) {
   return executor.on_stacks(pointer) || (p >= own && p < own + sizeof builtins);
 }
 
-void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
+const Knowledge* readers_of(uintptr_t address) {
+  if (readers.empty()) return nullptr;
+  const auto found = readers.find(address);
+  return found == readers.end() ? nullptr : &found->second;
+}
+
+// Adds a reader to those of a cell whose last one was `last`.
+void add_reader(uintptr_t address, const Access& last, const Access& now) {
+  Knowledge& of_cell = readers[address];
+  if (last.warp != kSeveral) of_cell = {{key_of(kWarp, last.block, last.warp), last.warp_epoch}};
+  of_cell[key_of(kWarp, now.block, now.warp)] = now.warp_epoch;
+}
+
+void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes, bool atomic, const void* code,
+           bool by_wgmma) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   const Access now = access_of(thread, atomic, code);
   const Block& block = *thread.block;
@@ -160,6 +184,7 @@ void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes,
     Cell& cell = *cell_of(address + i);
     if (i > 0 && cell == before) {  // of which the same is to be said
       cell = after;
+      if (const Knowledge* const of_first = readers_of(address)) readers[address + i] = Knowledge(*of_first);
       continue;
     }
     before = cell;
@@ -171,23 +196,30 @@ void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes,
     }
     check(cell.write, "write", now, writes ? "write" : "read", at, thread);
     if (writes) {
-      check(cell.read, "read", now, "write", at, thread);
+      check(cell.read, "read", now, "write", at, thread, readers_of(address + i));
       cell.write = now;
       cell.read.epoch = 0;
+      readers.erase(address + i);
     } else {
       const Access last = cell.read;
       const bool joins = last.epoch == now.epoch && last.block == now.block && !ordered(last, thread);
       cell.read = now;
       if (joins && last.thread != now.thread) cell.read.thread = kSeveral;
-      if (joins && last.warp != now.warp) cell.read.warp = kSeveral;
+      if (joins && last.warp != now.warp) {
+        cell.read.warp = kSeveral;
+        const bool is_known = last.warp != kSeveral || readers_of(address + i) != nullptr;
+        if (shared && !by_wgmma && is_known && !block.mbarriers.empty()) add_reader(address + i, last, now);
+      } else if (!joins) {
+        readers.erase(address + i);
+      }
     }
     after = cell;
   }
 }
 
-inline void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
+inline void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code, bool by_wgmma = false) {
   const Thread* thread = executor.current;
-  if (thread != nullptr && !is_private(pointer)) judge(*thread, pointer, bytes, writes, atomic, code);
+  if (thread != nullptr && !is_private(pointer)) judge(*thread, pointer, bytes, writes, atomic, code, by_wgmma);
 }
 
 // Random preemption: an access is where real threads would drift apart.
@@ -202,6 +234,7 @@ void race_begin_launch() {
   shadow.clear();
   for (auto& page : recent) page.cells = nullptr;
   published.clear();
+  readers.clear();
 }
 
 void race_begin_thread(Thread& thread) {
@@ -230,7 +263,7 @@ void race_read(const void* address, size_t bytes) { note(address, bytes, false, 
 void race_write(const void* address, size_t bytes) { note(address, bytes, true, false, __builtin_return_address(0)); }
 
 void race_read_async(const void* address, size_t bytes) {
-  note(address, bytes, false, false, __builtin_return_address(0));
+  note(address, bytes, false, false, __builtin_return_address(0), true);
   const Block& block = *executor.current->block;
   for (size_t i = 0; i < bytes; i += kCellBytes) {
     const Access& write = cell_of(reinterpret_cast<uintptr_t>(address) + i)->write;
