@@ -3,19 +3,18 @@
 // Computes  what chunk_attention.cu does.
 // Layout    as there; slabs in shared memory swizzled by 128 bytes, as wgmma reads them (core/wgmma.cuh).
 // Mapping   three ways. In all of them two warpgroups multiply while the next slabs are on their way.
-//           Whole calls with heads of at most 256 numbers, backward 128: in one pass (chunk_attention_fused.cuh). As many
-//           blocks as multiprocessors; a block takes strips of 128 queries or keys, 64 to a warpgroup, in turns, past
-//           which the others move; weights stay in registers. Backward once of keys (dk, dv) and once of queries (dq).
-//           Whole calls with wider heads: the rounds of chunk_attention.cu. Tiles of scores have 128 x 128, two blocks to
-//           a multiprocessor; tiles of o, dq, dk and dv 128 x 256, one block, 128 sums to a thread, by tensor copies
-//           that one thread of a third warpgroup asks for, in pairs of blocks (chunk_attention_bulk.cuh).
-//           Rows in caches and windows: likewise, but all threads copy (cp.async), and tiles of narrow rows are 128 x
-//           128.
+//           Whole calls with heads of at most 256 numbers, backward 128: in one pass (chunk_attention_fused.cuh). As
+//           many blocks as multiprocessors; a block takes strips of 128 queries or keys, 64 to a warpgroup, in turns,
+//           past which the others move; weights stay in registers. Backward once of keys (dk, dv) and once of queries
+//           (dq). Whole calls with wider heads: the rounds of chunk_attention.cu. Tiles of scores have 128 x 128, two
+//           blocks to a multiprocessor; tiles of o, dq, dk and dv 128 x 256, one block, 128 sums to a thread, by tensor
+//           copies that one thread of a third warpgroup asks for, in pairs of blocks (chunk_attention_bulk.cuh). Rows
+//           in caches and windows: likewise, but all threads copy (cp.async), and tiles of narrow rows are 128 x 128.
 // Traffic   wide heads: as there. A tile of 128 x 256 reads 48 KB from L2 for 4.2 MFLOP, which is expected to bind; two
-//           blocks with the same columns and neighbouring strips of a chunk share those of the wide operand: 32 KB each.
-//           The last two slabs of the longer strip are its own. One pass: 64 KB for 8.4 MFLOP forward at S = E = 128,
-//           and half as many exponentials as would bind; backward 7 products of 128 x 128 x 128 in the place of 5, and
-//           128 KB in the place of 350.
+//           blocks with the same columns and neighbouring strips of a chunk share those of the wide operand: 32 KB
+//           each. The last two slabs of the longer strip are its own. One pass: 64 KB for 8.4 MFLOP forward at S = E =
+//           128, and half as many exponentials as would bind; backward 7 products of 128 x 128 x 128 in the place of 5,
+//           and 128 KB in the place of 350.
 // Numerics  as there, but for the order of dv and dk by tensor copies: the queries shared with the partner, then the
 //           strip's own first ones. Which strips are partners depends on where chunks begin in the call. In one pass a
 //           row's weights are relative to the largest reference so far (chunk_attention_forward.cuh).

@@ -273,7 +273,8 @@ __global__ void warpgroup_product_kernel(const float* a, const float* b, float* 
   if (kBug != Bug::kEarlySums) write();
 }
 
-// ---- two products by a warpgroup, the sums of the first in registers the operand of the second ------------------------
+// ---- two products by a warpgroup, the sums of the first in registers the operand of the second
+// ------------------------
 
 template <Bug kBug>
 __global__ void chained_products_kernel(const float* a, const float* b, float* product) {
@@ -294,7 +295,7 @@ __global__ void chained_products_kernel(const float* a, const float* b, float* p
   fence_async_proxy();
   sync_block();  // the slabs are there
   float sum[2][32], out[2][16] = {};
-  for (float(&row)[32] : sum) {
+  for (float (&row)[32] : sum) {
     for (float& value : row) value = 1;
   }
   uint64_t of_a = matrix_descriptor(slabs[0].v, 0, 1024), of_b = matrix_descriptor(slabs[1].v, 0, 1024);
