@@ -91,13 +91,15 @@ def _with_caches(
     return *_arguments(dtype, B, L, H, S, E, C), 0.0, 0, None, *caches, position
 
 
-@shapes("mega", "S64", "7B")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@shapes("mega", "7B", "S256", "S128", "S64")
 @pytest.mark.parametrize("size", sizes((1, 4096, 0)), ids=str)
 def test_empty_caches(
-    benchmark: Any, size: tuple[int, int, int], H: int, S: int, E: int, C: int
+    benchmark: Any, size: tuple[int, int, int], H: int, S: int, E: int, C: int, backward: bool
 ) -> None:
-    """The same work, where on Hopper threads copy the slabs (chunk_attention_wgmma.cu) that without
-    caches come by tensor copies, to pairs of blocks.
+    """The same work, on Hopper another way (chunk_attention_wgmma.cu): in rounds whose slabs all
+    threads copy, where without caches slabs of wide heads come by tensor copies, to pairs of
+    blocks, and narrow heads take one pass.
     """
     if harness.device.type == "cpu":
         pytest.skip("the same code there")
@@ -106,6 +108,7 @@ def test_empty_caches(
         OP,
         _with_caches(torch.bfloat16, *size[:2], H, S, E, C),
         _with_caches(torch.bfloat16, 1, 200, 1, S, E, 128),
+        backward=backward,
         floor="fma",
         label=_label(E, C),
         peers={"without caches": _plain},
