@@ -72,37 +72,29 @@ struct FusedWork {
   }
 };
 
-// In which order blocks take strips, from left to right and back again: of so many chunks together that each block gets
-// about two, the longest ones first. So blocks have as much to do, and what moves in these chunks stays in the L2
-// cache. 0: of packed rows, chunk by chunk.
+// In which order blocks take strips: a long one and the one that is as short, so that blocks have as much to do, chunk
+// by chunk, so that what moves in them stays in the L2 cache. Of packed rows all strips are taken for one chunk's.
 struct FusedOrder {
-  static constexpr int kMostWorks = 64;  // of a block
+  static constexpr uint32_t kMostPairs = 32;  // of a block
   Strips strips;
-  uint32_t count, tiles, together, blocks;  // strips; those of a chunk
+  uint32_t tiles, pairs, blocks;  // strips of a chunk; all pairs
 
   static FusedOrder of(const ChunkAttention& args, int64_t rows, bool of_keys) {
     const Strips strips = Strips::of(args, rows, of_keys);
-    const int64_t together = strips.overlap() ? 0 : ceil_div(int64_t{2} * multiprocessors(), strips.tiles);
-    const int64_t resident = multiprocessors() < strips.count ? multiprocessors() : strips.count;
-    const int64_t enough = ceil_div(strips.count, int64_t{kMostWorks});
+    const int64_t tiles = strips.overlap() ? strips.count : strips.tiles;
+    const int64_t pairs = strips.count / tiles * ceil_div(tiles, int64_t{2});
+    const int64_t resident = multiprocessors() < pairs ? multiprocessors() : pairs;
+    const int64_t enough = ceil_div(pairs, int64_t{kMostPairs});
     const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
-    return {strips, number(strips.count), number(strips.tiles), number(together),
-            number(resident > enough ? resident : enough)};
+    return {strips, number(tiles), number(pairs), number(resident > enough ? resident : enough)};
   }
-  MEGALODON_HOST_DEVICE int works() const { return static_cast<int>(ceil_div(count, blocks)); }
-  // The block's n-th one, perhaps an empty one.
+  MEGALODON_HOST_DEVICE int works() const { return static_cast<int>(2 * ceil_div(pairs, blocks)); }
+  // The block's n-th one, perhaps an empty one: of queries a chunk's last strip is the longest one, of keys the first.
   DEVICE FusedWork at(const ChunkAttention& args, int n) const {
-    const uint32_t block = n % 2 == 0 ? blockIdx.x : blocks - 1 - blockIdx.x, i = n * blocks + block;
-    return i < count ? FusedWork::of(strips.at(args, number(i))) : FusedWork{};
-  }
-
- private:
-  // Of queries the last strips of a chunk are the longest ones, of keys the first.
-  DEVICE uint32_t number(uint32_t i) const {
-    if (together == 0) return strips.of_keys ? i : count - 1 - i;
-    const uint32_t section = i / (together * tiles) * together, left = count / tiles - section;
-    const uint32_t chunks = left < together ? left : together, j = i - section * tiles;
-    return (section + j % chunks) * tiles + (strips.of_keys ? j / chunks : tiles - 1 - j / chunks);
+    const uint32_t pair = n / 2 * blocks + blockIdx.x, in_chunk = (tiles + 1) / 2, index = pair % in_chunk;
+    const bool is_last = (n % 2 == 0) != strips.of_keys, is_single = 2 * index + 1 == tiles;
+    if (pair >= pairs || (is_single && n % 2 == 1)) return {};
+    return FusedWork::of(strips.at(args, pair / in_chunk * int64_t{tiles} + (is_last ? tiles - 1 - index : index)));
   }
 };
 
@@ -127,7 +119,7 @@ struct FusedState {
   Stage own, moving[2][kStages], statistics[kStages];
   Barrier multiplying;  // of the threads that do
   int count;            // of works
-  FusedWork works[FusedOrder::kMostWorks];
+  FusedWork works[2 * FusedOrder::kMostPairs];
   typename Plan::Statistics of_slab[Plan::kOfKeys ? kStages : 1];
 
   DEVICE void init() {
