@@ -10,7 +10,8 @@
 //     following atomic write publishes that, an atomic read of the same address followed by a fence takes it over, and
 //     barriers spread it. Release stores and acquire loads contain their fence.
 // Both fences are asked for, as the CUDA memory model does. Only the last read is kept, so that a write after reads by
-// several blocks may go unreported; nothing is reported that is ordered.
+// several blocks may go unreported, and of reads by several warps these where mbarriers may order them; nothing is
+// reported that is ordered.
 #include "simt/executor.h"
 
 #if defined(MEGALODON_SIMT_RACE)
