@@ -155,6 +155,7 @@ DEVICE void bring_fused(typename Plan::Shared& shared, FusedState<Plan>& state, 
     const FusedWork& work = state.works[n];
     const int slabs = work.slabs<Plan>(), first = work.token + work.begin<Plan>();
     state.own.wait_free(n);
+    if constexpr (Plan::kBringing > 1) sync_warp();  // else the next phase could end before a lane has seen this one
     if (slabs == 0) {
       if (lane == 0) state.own.full.arrive();
       continue;
@@ -261,6 +262,8 @@ template <class Plan, int kMany, class Multiply>
 DEVICE void run_fused(typename Plan::Shared& shared, FusedState<Plan>& state, const ChunkAttention& args,
                       const FusedOrder& order, const typename Plan::Maps& maps, const float* lse, const float* D,
                       Multiply&& multiply) {
+  static_assert(!Plan::kOfKeys || Plan::kLag == 0);
+  static_assert(sizeof(typename Plan::Shared) + (sizeof(FusedState<Plan>) + 1023) / 1024 * 1024 <= 227 * 1024);
   const int count = order.works();
   if (static_cast<int>(threadIdx.x) < count) state.works[threadIdx.x] = order.at(args, static_cast<int>(threadIdx.x));
   if (threadIdx.x == 0) {
