@@ -8,10 +8,8 @@
 namespace megalodon::cuda {
 
 constexpr int kBulkThreads = kTileThreads + 128;
-// Registers of a thread that multiplies, and of the others: together what the block has from the beginning, when all
-// have as many.
-constexpr int kManyRegisters = 232, kFewRegisters = 40;
-static_assert(kTileThreads * kManyRegisters + 128 * kFewRegisters == 65536 / kBulkThreads / 8 * 8 * kBulkThreads);
+// Registers of its threads from the beginning, when all have as many.
+constexpr int kBulkRegisters = 65536 / kBulkThreads / 8 * 8;
 
 // Slabs of a product, by the depths where they begin: first those shared with the other block of a pair, then the rest.
 struct BulkSlabs {
@@ -71,6 +69,9 @@ struct BulkRing {
     fence_barrier_init();
   }
 
+  // Registers of a thread that multiplies, and of the others.
+  static constexpr int kMany = 232, kFew = 3 * kBulkRegisters - 2 * kMany;
+
   // By all threads, of both blocks of a pair: brings() by a warp of the third warpgroup, multiplies() by the
   // others.
   template <class Brings, class Multiplies>
@@ -78,10 +79,10 @@ struct BulkRing {
     sync_cluster();
     if (slabs.count == 0) return;
     if (threadIdx.x >= kTileThreads) {
-      shrink_registers<kFewRegisters>();
+      shrink_registers<kFew>();
       if (threadIdx.x < kTileThreads + 32) brings();
     } else {
-      grow_registers<kManyRegisters>();
+      grow_registers<kMany>();
       multiplies();
       if (slabs.shared > 0) wait_cluster();  // nobody arrives here any more
     }

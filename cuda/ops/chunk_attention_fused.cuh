@@ -272,7 +272,7 @@ DEVICE void run_fused(typename Plan::Shared& shared, FusedState<Plan>& state, co
   }
   sync_block();  // works and barriers are there
   if (threadIdx.x >= kTileThreads) {
-    shrink_registers<3 * 168 - 2 * kMany>();
+    shrink_registers<3 * kBulkRegisters - 2 * kMany>();
     if (threadIdx.x < kTileThreads + Plan::kBringing) bring_fused<Plan>(shared, state, maps, lse, D);
     return;
   }

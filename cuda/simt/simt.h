@@ -147,8 +147,7 @@ void wgmma_wait(int groups_left, Site site);
 void fence_async_proxy();
 uint32_t shared_address(const void* shared);
 
-// ---- barriers in shared memory, tensor copies, clusters
-// --------------------------------------------------------------
+// ---- barriers in shared memory, tensor copies, clusters -----------------------------------------------------------
 
 // A tensor of 16-bit numbers, the first dimension contiguous, and the box of it that a copy takes.
 struct TensorMap {

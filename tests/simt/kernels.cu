@@ -273,8 +273,7 @@ __global__ void warpgroup_product_kernel(const float* a, const float* b, float* 
   if (kBug != Bug::kEarlySums) write();
 }
 
-// ---- two products by a warpgroup, the sums of the first in registers the operand of the second
-// ------------------------
+// ---- two products by a warpgroup, the sums of the first in registers the operand of the second --------------------
 
 template <Bug kBug>
 __global__ void chained_products_kernel(const float* a, const float* b, float* product) {
