@@ -15,12 +15,6 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// N vectors that are summed side by side.
-template <class A, int N>
-struct Vecs {
-  Vec<A> v[N];
-};
-
 template <class A, int... I>
 inline Vec<A> add_neighbours(Vec<A> a, Vec<A> b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);

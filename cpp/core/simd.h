@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(MEGALODON_X86)
 #include <immintrin.h>
@@ -31,6 +32,11 @@ struct VecOf {
 };
 template <class A>
 using Vec = typename VecOf<A>::type;
+
+template <class A, int N>
+struct Vecs {
+  Vec<A> v[N];
+};
 
 template <class A>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
@@ -141,9 +147,7 @@ inline void store(T* p, Vec<stat_t<T>> v) {
 
 // Two adjacent vectors. Of bf16 they are loaded and stored in half the instructions that two single ones take.
 template <class A>
-struct Pair {
-  Vec<A> v[2];
-};
+using Pair = Vecs<A, 2>;
 
 template <class T>
 inline Pair<stat_t<T>> load_pair(const T* p) {
@@ -169,14 +173,18 @@ inline VecU32 round_to_bf16(Vec<float> v) {
   return v == v ? bits + step : bits;
 }
 
+#if defined(__AVX512BF16__)
+inline __m512i pack(const Pair<float>& pair) {
+  return reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(pair.v[1]), reinterpret_cast<__m512>(pair.v[0])));
+}
+#endif
+
 // What is stored is the result of arithmetic.
 template <class T>
 inline void store_pair(T* p, const Pair<stat_t<T>>& pair) {
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __m512 a = reinterpret_cast<__m512>(pair.v[0]), b = reinterpret_cast<__m512>(pair.v[1]);
-    return _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
-  }
+  if constexpr (std::is_same_v<T, bf16>) return _mm512_storeu_si512(p, pack(pair));
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, bf16>) {
     const VecU32 a = round_to_bf16(pair.v[0]), b = round_to_bf16(pair.v[1]);
@@ -310,6 +318,25 @@ inline void store_one(T* p, stat_t<T> value) {
 
 // ---- arithmetic ----
 
+// In even lanes a * b - c, in odd ones a * b + c; or, kFlipped, the other way round.
+template <bool kFlipped, class A>
+inline Vec<A> multiply_alternating(Vec<A> a, Vec<A> b, Vec<A> c) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {
+    const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b), z = reinterpret_cast<__m512>(c);
+    return reinterpret_cast<Vec<A>>(kFlipped ? _mm512_fmsubadd_ps(x, y, z) : _mm512_fmaddsub_ps(x, y, z));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float>) {
+    const auto x = reinterpret_cast<__m256>(a), y = reinterpret_cast<__m256>(b), z = reinterpret_cast<__m256>(c);
+    return reinterpret_cast<Vec<A>>(kFlipped ? _mm256_fmsubadd_ps(x, y, z) : _mm256_fmaddsub_ps(x, y, z));
+  }
+#endif
+  Vec<A> sign;
+  for (int i = 0; i < kLanes<A>; ++i) sign[i] = (i % 2 == 0) == kFlipped ? A(1) : A(-1);
+  return a * b + c * sign;
+}
+
 template <class V>
 inline V maximum(V a, V b) {
   return a > b ? a : b;
@@ -329,15 +356,44 @@ inline Vec<double> sqrt(Vec<double> v) {
   return v;
 }
 
-template <class A>
+template <class A, int kDistance, int... lane>
+inline Vec<A> add_distant(Vec<A> v, std::integer_sequence<int, lane...>) {
+  return v + __builtin_shufflevector(v, v, (lane ^ kDistance)...);
+}
+
+template <class A, int kDistance = kLanes<A> / 2>
 inline A sum_lanes(Vec<A> v) {  // pairwise
-  constexpr int n = kLanes<A>;
-  A lanes[n];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = n / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  if constexpr (kDistance == 0) {
+    return v[0];
+  } else {
+    constexpr auto kSequence = std::make_integer_sequence<int, kLanes<A>>{};
+    return sum_lanes<A, kDistance / 2>(add_distant<A, kDistance>(v, kSequence));
   }
-  return lanes[0];
+}
+
+// Of a and b, which hold kCount numbers of each of their rows, the rows one after another: the sums of the lower and
+// the upper half of each row.
+template <class A, int kCount, int... lane>
+inline Vec<A> add_halves(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
+  constexpr int kHalf = kCount / 2;
+  return __builtin_shufflevector(a, b, (lane / kHalf * kCount + lane % kHalf)...) +
+         __builtin_shufflevector(a, b, (lane / kHalf * kCount + lane % kHalf + kHalf)...);
+}
+
+// Lane i < R: sum_lanes(v[i]), to the bit. R is a power of two, kLanes<A> at most.
+template <class A, int R, int kCount = kLanes<A>>
+inline Vec<A> sum_each(const Vec<A> (&v)[R]) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    constexpr auto kSequence = std::make_integer_sequence<int, kLanes<A>>{};
+    constexpr int kLeft = R > 1 ? R / 2 : 1;
+    Vec<A> sums[kLeft];
+    for (int i = 0; i < kLeft; ++i) {
+      sums[i] = add_halves<A, kCount>(v[R > 1 ? 2 * i : 0], v[R > 1 ? 2 * i + 1 : 0], kSequence);
+    }
+    return sum_each<A, kLeft, kCount / 2>(sums);
+  }
 }
 
 template <class A>

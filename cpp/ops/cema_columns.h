@@ -8,6 +8,7 @@
 
 #include "core/gemm.h"
 #include "core/parallel.h"
+#include "core/past.h"
 #include "core/simd.h"
 #include "core/subnormals.h"
 #include "ops/cema.h"
@@ -98,28 +99,6 @@ struct Next {
   }
 };
 
-// Whether `count` outputs, in rows, go past the caches: lines that are written whole, of more than the caches hold.
-// Otherwise each would be read before it is written, and put out what is in use.
-template <class T>
-bool goes_past_caches(int64_t count, int64_t row, const T* out) {
-#if defined(__AVX512F__)
-  constexpr int64_t kLine = 64, kLeastBytes = int64_t{4} << 20, kSize = sizeof(T);
-  return kSize == sizeof(stat_t<T>) && count * kSize >= kLeastBytes && row * kSize % kLine == 0 &&
-         reinterpret_cast<uintptr_t>(out) % kLine == 0;
-#else
-  (void)count, (void)row, (void)out;
-  return false;
-#endif
-}
-template <bool kPast, class T>
-inline void put(T* p, Vec<stat_t<T>> v) {
-#if defined(__AVX512F__)
-  if constexpr (kPast && sizeof(T) == sizeof(stat_t<T>)) {
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
-  }
-#endif
-  store(p, v);
-}
 // As load_state, back; past the caches, if so.
 template <class A>
 void store_state(const CemaShape& shape, const A* state, int64_t i, int64_t d, void* tensor, bool is_conjugated,
@@ -156,11 +135,6 @@ template <class A>
 bool states_go_past(const CemaShape& shape, const A* h) {
   const int64_t pairs = 2 * shape.N;
   return pairs % kLanes<A> == 0 && goes_past_caches(shape.sequences.count * shape.D * pairs, pairs, h);
-}
-inline void finish_puts() {
-#if defined(__AVX512F__)
-  _mm_sfence();
-#endif
 }
 
 }  // namespace megalodon::cpu::MEGALODON_ISA

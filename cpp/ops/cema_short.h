@@ -58,22 +58,6 @@ inline void store_pairs(A* p, Double re, Double im) {
   }
 }
 
-// lane l: the sum of the lanes of v[l].
-template <class A>
-inline Vec<A> sum_each(Vec<A>* v) {
-  constexpr int64_t W = kLanes<A>;
-  VecIndex<A> even;
-  for (int64_t i = 0; i < W; ++i) even[i] = 2 * i;
-#pragma GCC unroll 4
-  for (int64_t count = W / 2; count > 0; count /= 2) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < count; ++i) {
-      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], even + 1);
-    }
-  }
-  return v[0];
-}
-
 // Of one channel: rows of `stride` entries, of which those of a vector beyond 2 N are zeros.
 template <class A>
 struct ShortTable {

@@ -3,7 +3,8 @@
 // Computes  y = (x - mean) * rstd * (weight + 1) + bias and its gradients (ops/layer_norm.h).
 // Layout    rows of D contiguous elements; mean and rstd one per row; all compact.
 // Mapping   rows are split over the threads; a row is walked three times (twice in backward), the first time from
-//           memory, then out of L1 or L2.
+//           memory, then out of L1 or L2: short rows several together (core/rows.h). Outputs larger than the caches go
+//           past them (core/past.h).
 // Traffic   forward 2, backward 3 elements moved per element: memory-bound.
 // Numerics  the mean first, then the variance of the differences, in vector accumulators of float (double for float64):
 //           a large mean does not cancel. dweight and dbias: one partial sum per fixed part of the rows, added in
@@ -11,30 +12,10 @@
 // Limits    none; D = 0 gives empty rows.
 #include "ops/layer_norm.h"
 
-#include <cmath>
-
 #include "core/rows.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
-
-// The sum over a row of f(vector): four accumulators, so that additions do not wait for each other. f gets the vector
-// and how many of its lanes are in the row; what it gives for the others must be 0.
-template <class T, class F>
-__attribute__((always_inline)) inline stat_t<T> sum_row(const T* x, int64_t D, const F& f) {
-  using A = stat_t<T>;
-  constexpr int64_t W = kLanes<A>;
-  Vec<A> sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= D; i += 4 * W) {
-    for (int k = 0; k < 4; k += 2) {
-      const Pair<A> u = load_pair(x + i + k * W);
-      for (int m = 0; m < 2; ++m) sums[k + m] += f(u.v[m], W);
-    }
-  }
-  for (; i < D; i += W) sums[0] += f(load(x + i, D - i), D - i);
-  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
 
 template <class T, bool kWeighted>
 void forward(const LayerNormForward& args) {
@@ -44,42 +25,52 @@ void forward(const LayerNormForward& args) {
   const int64_t D = args.D;
   const auto* weight = static_cast<const A*>(args.weight);
   const auto* bias = static_cast<const A*>(args.bias);
+  const bool past = leaves_caches(args.R * D, D, static_cast<T*>(args.y));
 
   parallel_for(args.R, grain_of_rows(D), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
+    for_rows<A>(begin, end, D * sizeof(T), kBytesTogether<T>, [&](int64_t r, auto rows) __attribute__((always_inline)) {
       const T* x = static_cast<const T*>(args.x) + r * D;
       T* y = static_cast<T*>(args.y) + r * D;
-      const A mean = sum_row(x, D, [](V v, int64_t) { return v; }) / static_cast<A>(D);
-      const A square = sum_row(x, D, [&](V v, int64_t n) {
-        const V d = v - mean;
-        return n >= W ? d * d : first_lanes(d * d, n);
+      A *means = static_cast<A*>(args.mean) + r, *rstds = static_cast<A*>(args.rstd) + r;
+      const Vecs<A, 1> sums = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
+        return sum_row(x + k * D, D, [](V v, int64_t) { return v; });
       });
-      const A rstd = A(1) / std::sqrt(square / static_cast<A>(D) + static_cast<A>(args.eps));
-      static_cast<A*>(args.mean)[r] = mean;
-      static_cast<A*>(args.rstd)[r] = rstd;
-      int64_t i = 0;
-      for (; i + 2 * W <= D; i += 2 * W) {
-        Pair<A> u = load_pair(x + i);
-        for (V& v : u.v) v = (v - mean) * rstd;
-        if constexpr (kWeighted) {
-          const Pair<A> w = load_pair(weight + i), b = load_pair(bias + i);
-          for (int m = 0; m < 2; ++m) u.v[m] = u.v[m] * w.v[m] + (u.v[m] + b.v[m]);
+      store(means, sums.v[0] / static_cast<A>(D), rows);
+      const Vecs<A, 1> squares = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
+        const A mean = means[k];
+        return sum_row(x + k * D, D, [&](V v, int64_t n) {
+          const V d = v - mean;
+          return n >= W ? d * d : first_lanes(d * d, n);
+        });
+      });
+      store(rstds, A(1) / sqrt(squares.v[0] / static_cast<A>(D) + static_cast<A>(args.eps)), rows);
+      for (int64_t k = 0; k < rows; ++k, x += D, y += D) {
+        const A mean = means[k], rstd = rstds[k];
+        int64_t i = 0;
+        for (; i + 2 * W <= D; i += 2 * W) {
+          Pair<A> u = load_pair(x + i);
+          for (V& v : u.v) v = (v - mean) * rstd;
+          if constexpr (kWeighted) {
+            const Pair<A> w = load_pair(weight + i), b = load_pair(bias + i);
+            for (int m = 0; m < 2; ++m) u.v[m] = u.v[m] * w.v[m] + (u.v[m] + b.v[m]);
+          }
+          put_pair(y + i, u, past);
         }
-        store_pair(y + i, u);
+        for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+          const V xh = (load(x + k, n) - mean) * rstd;
+          store(y + k, kWeighted ? xh * load(weight + k, n) + (xh + load(bias + k, n)) : xh, n);
+        });
       }
-      for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-        const V xh = (load(x + k, n) - mean) * rstd;
-        store(y + k, kWeighted ? xh * load(weight + k, n) + (xh + load(bias + k, n)) : xh, n);
-      });
-    }
+    });
+    if (past) finish_puts();
   });
 }
 
-// One row of backward: dx, and what it adds to dweight and dbias.
+// One row of backward, first walk: adds to dweight and dbias, and gives the sums of u and u * xh.
 template <class T, bool kWeighted>
-__attribute__((always_inline)) inline void backward_row(const T* dy, const T* x, const stat_t<T>* weight,
-                                                        stat_t<T> mean, stat_t<T> rstd, int64_t D, T* dx, stat_t<T>* dw,
-                                                        stat_t<T>* db) {
+__attribute__((always_inline)) inline Vecs<stat_t<T>, 2> backward_sums(const T* dy, const T* x, const stat_t<T>* weight,
+                                                                       stat_t<T> mean, stat_t<T> rstd, int64_t D,
+                                                                       stat_t<T>* dw, stat_t<T>* db) {
   using A = stat_t<T>;
   using V = Vec<A>;
   constexpr int64_t W = kLanes<A>;
@@ -87,20 +78,18 @@ __attribute__((always_inline)) inline void backward_row(const T* dy, const T* x,
   int64_t i = 0;
   for (; i + 2 * W <= D; i += 2 * W) {
     const Pair<A> g = load_pair(dy + i), v = load_pair(x + i);
-    Pair<A> w{};
-    if constexpr (kWeighted) w = load_pair(weight + i);
+    Pair<A> w{}, total_w{}, total_b{};  // loaded before they are stored: that the places may be alike costs time
+    if constexpr (kWeighted) w = load_pair(weight + i), total_w = load_pair(dw + i), total_b = load_pair(db + i);
     for (int m = 0; m < 2; ++m) {
       const V xh = (v.v[m] - mean) * rstd;
       const V u = kWeighted ? g.v[m] * w.v[m] + g.v[m] : g.v[m];
       sum_u[m] += u;
       sum_uxh[m] = u * xh + sum_uxh[m];
-      if constexpr (kWeighted) {
-        store(dw + i + m * W, g.v[m] * xh + load(dw + i + m * W));
-        store(db + i + m * W, g.v[m] + load(db + i + m * W));
-      }
+      total_w.v[m] = g.v[m] * xh + total_w.v[m];
+      total_b.v[m] += g.v[m];
     }
+    if constexpr (kWeighted) store_pair(dw + i, total_w), store_pair(db + i, total_b);
   }
-  const int64_t pairs_end = i;
   for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     const V g = load(dy + k, n);  // 0 beyond the row, and so is u
     const V xh = (load(x + k, n) - mean) * rstd;
@@ -112,9 +101,19 @@ __attribute__((always_inline)) inline void backward_row(const T* dy, const T* x,
       store(db + k, g + load(db + k, n), n);
     }
   });
-  const A mean_u = sum_lanes<A>(sum_u[0] + sum_u[1]) / static_cast<A>(D);
-  const A slope = rstd * (sum_lanes<A>(sum_uxh[0] + sum_uxh[1]) / static_cast<A>(D));
-  for (i = 0; i < pairs_end; i += 2 * W) {
+  return {{sum_u[0] + sum_u[1], sum_uxh[0] + sum_uxh[1]}};
+}
+
+// The second: dx.
+template <class T, bool kWeighted>
+__attribute__((always_inline)) inline void backward_row(const T* dy, const T* x, const stat_t<T>* weight,
+                                                        stat_t<T> mean, stat_t<T> rstd, stat_t<T> mean_u,
+                                                        stat_t<T> slope, int64_t D, T* dx, bool past) {
+  using A = stat_t<T>;
+  using V = Vec<A>;
+  constexpr int64_t W = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * W <= D; i += 2 * W) {
     const Pair<A> g = load_pair(dy + i), v = load_pair(x + i);
     Pair<A> w{};
     if constexpr (kWeighted) w = load_pair(weight + i);
@@ -123,7 +122,7 @@ __attribute__((always_inline)) inline void backward_row(const T* dy, const T* x,
       const V u = kWeighted ? g.v[m] * w.v[m] + g.v[m] : g.v[m];
       out.v[m] = (u - mean_u - (v.v[m] - mean) * slope) * rstd;
     }
-    store_pair(dx + i, out);
+    put_pair(dx + i, out, past);
   }
   for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     const V g = load(dy + k, n);
@@ -138,6 +137,7 @@ void backward(const LayerNormBackward& args) {
   const int64_t D = args.D;
   const auto* weight = static_cast<const A*>(args.weight);
   const Parts parts = args.parts;
+  const bool past = leaves_caches(args.R * D, D, static_cast<T*>(args.dx));
   auto* dweight = static_cast<A*>(args.workspace);
   auto* dbias = dweight + parts.parts * D;
 
@@ -149,12 +149,24 @@ void backward(const LayerNormBackward& args) {
         std::memset(dw, 0, D * sizeof(A));
         std::memset(db, 0, D * sizeof(A));
       }
-      for (int64_t r = parts.begin(p); r < parts.end(p); ++r) {
-        backward_row<T, kWeighted>(static_cast<const T*>(args.dy) + r * D, static_cast<const T*>(args.x) + r * D,
-                                   weight, static_cast<const A*>(args.mean)[r], static_cast<const A*>(args.rstd)[r], D,
-                                   static_cast<T*>(args.dx) + r * D, dw, db);
-      }
+      for_rows<A>(parts.begin(p), parts.end(p), 2 * D * sizeof(T), kBytesTogether<T>,
+                  [&](int64_t r, auto rows) __attribute__((always_inline)) {
+                    const T *dy = static_cast<const T*>(args.dy) + r * D, *x = static_cast<const T*>(args.x) + r * D;
+                    T* dx = static_cast<T*>(args.dx) + r * D;
+                    const A *mean = static_cast<const A*>(args.mean) + r, *rstd = static_cast<const A*>(args.rstd) + r;
+                    const Vecs<A, 2> sums = sum_rows<A, 2>(rows, [&](int64_t k) __attribute__((always_inline)) {
+                      return backward_sums<T, kWeighted>(dy + k * D, x + k * D, weight, mean[k], rstd[k], D, dw, db);
+                    });
+                    A mean_u[kLanes<A>], mean_uxh[kLanes<A>];
+                    store(mean_u, sums.v[0] / static_cast<A>(D));
+                    store(mean_uxh, sums.v[1] / static_cast<A>(D));
+                    for (int64_t k = 0; k < rows; ++k) {
+                      backward_row<T, kWeighted>(dy + k * D, x + k * D, weight, mean[k], rstd[k], mean_u[k],
+                                                 rstd[k] * mean_uxh[k], D, dx + k * D, past);
+                    }
+                  });
     }
+    if (past) finish_puts();
   });
   if constexpr (!kWeighted) return;
   add_parts(dweight, parts.parts, D, static_cast<A*>(args.dweight));

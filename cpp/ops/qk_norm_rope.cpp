@@ -3,7 +3,8 @@
 // Computes  queries and keys from the shared z, and the gradients (ops/qk_norm_rope.h); arXiv 2404.08801.
 // Layout    z, q, k (tokens, H, S); gamma, beta (2, H, S); rstd (tokens, H); a token is of a row or a packed segment.
 // Mapping   fixed parts of the tokens are split over the threads. Cosines and sines of a token are made once for all
-//           heads; a vector of pairs is worked on as two vectors of interleaved components.
+//           heads; a vector of pairs is worked on as two vectors of interleaved components. Heads are rows, short ones
+//           several together (core/rows.h). Outputs larger than the caches go past them (core/past.h).
 // Traffic   forward 3, backward 4 elements moved per element of z, about 20 and 40 FLOPs: memory-bound.
 // Numerics  angles in double: exact at every kExactEvery-th token, between them one complex multiplication per token,
 //           whose error stays below 1e-14 (in float, 1e-5, where z has 16 bits). dgamma, dbeta: a partial sum per
@@ -140,20 +141,20 @@ inline Vec<A> repeat_half(Vec<A> v, std::integer_sequence<int, lane...>) {
 // How to turn the two vectors of interleaved components that belong to one vector of pairs.
 template <class A>
 struct Turn {
-  Vec<A> cosine[2], sine[2];  // sine: -, + alternating
+  Vec<A> cosine[2], sine[2];
 
   Turn(const A* cosines, const A* sines) {
     constexpr auto kSequence = std::make_integer_sequence<int, kLanes<A>>{};
-    Vec<A> sign;
-    for (int i = 0; i < kLanes<A>; ++i) sign[i] = i % 2 == 0 ? A(-1) : A(1);
     const Vec<A> c = load(cosines), s = load(sines);
     cosine[0] = repeat_half<A, 0>(c, kSequence);
     cosine[1] = repeat_half<A, 1>(c, kSequence);
-    sine[0] = repeat_half<A, 0>(s, kSequence) * sign;
-    sine[1] = repeat_half<A, 1>(s, kSequence) * sign;
+    sine[0] = repeat_half<A, 0>(s, kSequence);
+    sine[1] = repeat_half<A, 1>(s, kSequence);
   }
-  Vec<A> forth(int half, Vec<A> u) const { return u * cosine[half] + swap(u) * sine[half]; }
-  Vec<A> back(int half, Vec<A> u) const { return u * cosine[half] - swap(u) * sine[half]; }
+  Vec<A> forth(int half, Vec<A> u) const {
+    return multiply_alternating<false, A>(u, cosine[half], swap(u) * sine[half]);
+  }
+  Vec<A> back(int half, Vec<A> u) const { return multiply_alternating<true, A>(u, cosine[half], swap(u) * sine[half]); }
   static Vec<A> swap(Vec<A> u) { return swap_pairs<A>(u, std::make_integer_sequence<int, kLanes<A>>{}); }
 };
 
@@ -170,28 +171,10 @@ __attribute__((always_inline)) inline void for_rest(int64_t i, int64_t S, const 
   if (i + W < S) body(i + W, S - i - W, turn, 1);
 }
 
-template <class T, class A>
-inline A sum_of_squares(const T* z, int64_t S) {
-  constexpr int64_t W = kLanes<A>;
-  Vec<A> sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= S; i += 4 * W) {
-    for (int k = 0; k < 4; k += 2) {
-      const Pair<A> u = load_pair(z + i + k * W);
-      for (int m = 0; m < 2; ++m) sums[k + m] = u.v[m] * u.v[m] + sums[k + m];
-    }
-  }
-  for (; i < S; i += W) {
-    const Vec<A> u = load(z + i, S - i);
-    sums[0] = u * u + sums[0];
-  }
-  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-// One token and head of forward: q and k of z, whose normalised components are z * scale.
+// One token and head of forward: q and k of z, whose normalised components are z * scale; past the caches, if so.
 template <class T, class A>
 __attribute__((always_inline)) inline void forward_head(const QkNormRopeForward& args, int64_t at, int64_t h,
-                                                        const Rotation<T>& rotation, A scale) {
+                                                        const Rotation<T>& rotation, A scale, bool past) {
   constexpr int64_t W = kLanes<A>;
   const int64_t S = args.S, D = args.H * S;
   const T* z = static_cast<const T*>(args.z) + at;
@@ -210,8 +193,8 @@ __attribute__((always_inline)) inline void forward_head(const QkNormRopeForward&
       uq.v[m] = turn.forth(m, zn * load(gq + j) + (zn + load(bq + j)));
       uk.v[m] = turn.forth(m, zn * load(gk + j) + (zn + load(bk + j)));
     }
-    store_pair(q + i, uq);
-    store_pair(k + i, uk);
+    put_pair(q + i, uq, past);
+    put_pair(k + i, uk, past);
   }
   for_rest<T>(i, S, rotation, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
     const Vec<A> zn = load(z + j, n) * scale;
@@ -227,46 +210,58 @@ void forward(const QkNormRopeForward& args) {
   auto* table = static_cast<double*>(args.workspace);
   make_steps(args, table);
   const A norm = A(1) / std::sqrt(static_cast<A>(S));
+  const int64_t count = 2 * args.sequences.tokens() * args.H * S;
+  const bool past =
+      leaves_caches(count, S, static_cast<T*>(args.q)) && leaves_caches(count, S, static_cast<T*>(args.k));
 
   parallel_for(args.parts.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
-      for (int64_t token = args.parts.begin(part); token < args.parts.end(part); ++token) {
-        rotation.move_to(token);
-        for (int64_t h = 0; h < args.H; ++h) {
-          const int64_t at = (token * args.H + h) * S;
-          const A mean = sum_of_squares<T, A>(static_cast<const T*>(args.z) + at, S) / static_cast<A>(S);
-          const A rstd = A(1) / std::sqrt(mean + static_cast<A>(args.eps));
-          static_cast<A*>(args.rstd)[token * args.H + h] = rstd;
-          forward_head<T, A>(args, at, h, rotation, rstd * norm);
-        }
-      }
+      int64_t token = args.parts.begin(part), h = 0;
+      const int64_t first = token * args.H, last = args.parts.end(part) * args.H;
+      for_rows<A>(first, last, S * sizeof(T), sizeof(T) == 2 ? 4096 : 2048,
+                  [&](int64_t r, auto rows) __attribute__((always_inline)) {
+                    const T* z = static_cast<const T*>(args.z) + r * S;
+                    const Vecs<A, 1> sums = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
+                      return sum_row(z + k * S, S, [](Vec<A> v, int64_t) { return v * v; });
+                    });
+                    A* rstd = static_cast<A*>(args.rstd) + r;
+                    store(rstd, A(1) / sqrt(sums.v[0] / static_cast<A>(S) + static_cast<A>(args.eps)), rows);
+                    for (int64_t k = 0; k < rows; ++k) {
+                      if (h == 0) rotation.move_to(token);
+                      forward_head<T, A>(args, (r + k) * S, h, rotation, rstd[k] * norm, past);
+                      if (++h == args.H) h = 0, ++token;
+                    }
+                  });
     }
+    if (past) finish_puts();
   });
 }
 
-// One token and head of backward: adds to sums [4, H S] (dgamma, then dbeta) and fills dz.
+// One token and head of backward, first walk: adds to sums [4, H S] (dgamma, then dbeta), fills dzn, and gives the sum
+// of dzn * zn.
 template <class T, class A>
-void backward_head(const QkNormRopeBackward& args, int64_t token, int64_t h, const Rotation<T>& rotation, A* sums,
-                   A* dzn) {
+__attribute__((always_inline)) inline Vecs<A, 1> backward_sum(const QkNormRopeBackward& args, int64_t at, int64_t h,
+                                                              const Rotation<T>& rotation, A rstd, A norm, A* sums,
+                                                              A* dzn) {
   constexpr int64_t W = kLanes<A>;
-  const int64_t S = args.S, D = args.H * S, at = token * D + h * S;
+  const int64_t S = args.S, D = args.H * S;
   const T* z = static_cast<const T*>(args.z) + at;
   const T* dq = static_cast<const T*>(args.dq) + at;
   const T* dk = static_cast<const T*>(args.dk) + at;
   const A *gq = static_cast<const A*>(args.gamma) + h * S, *gk = gq + D;
-  const A rstd = static_cast<const A*>(args.rstd)[token * args.H + h];
-  const A norm = A(1) / std::sqrt(static_cast<A>(S));
   A *dgq = sums + h * S, *dgk = dgq + D, *dbq = dgk + D, *dbk = dbq + D;
   Vec<A> dot = {};
-  // What is turned back, uq and uk, and the normalised zn: adds to the sums; gives dzn.
+  // What is turned back, uq and uk, and the normalised zn: adds to the sums; gives dzn. The sums are loaded before they
+  // are stored: that their places are alike, D being a multiple of 1024, costs time.
   const auto add = [&](int64_t i, int64_t n, Vec<A> uq, Vec<A> uk, Vec<A> zn) __attribute__((always_inline)) {
-    store(dbq + i, load(dbq + i, n) + uq, n);
-    store(dbk + i, load(dbk + i, n) + uk, n);
+    const Vec<A> to[4] = {load(dbq + i, n), load(dbk + i, n), load(dgq + i, n), load(dgk + i, n)};
     const Vec<A> scaled = zn * norm;
-    store(dgq + i, uq * scaled + load(dgq + i, n), n);
-    store(dgk + i, uk * scaled + load(dgk + i, n), n);
     const Vec<A> d = ((uq * load(gq + i, n) + uq) + (uk * load(gk + i, n) + uk)) * norm;
+    store(dbq + i, to[0] + uq, n);
+    store(dbk + i, to[1] + uk, n);
+    store(dgq + i, uq * scaled + to[2], n);
+    store(dgk + i, uk * scaled + to[3], n);
     store(dzn + i, d, n);
     dot = d * zn + dot;
   };
@@ -281,12 +276,19 @@ void backward_head(const QkNormRopeBackward& args, int64_t token, int64_t h, con
   for_rest<T>(i, S, rotation, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
     add(j, n, turn.back(half, load(dq + j, n)), turn.back(half, load(dk + j, n)), load(z + j, n) * rstd);
   });
-  const A slope = rstd * (sum_lanes<A>(dot) / static_cast<A>(S));
-  T* dz = static_cast<T*>(args.dz) + at;
-  for (i = 0; i + 2 * W <= S; i += 2 * W) {
+  return {{dot}};
+}
+
+// The second: dz.
+template <class T, class A>
+__attribute__((always_inline)) inline void backward_row(const T* z, const A* dzn, A rstd, A slope, int64_t S, T* dz,
+                                                        bool past) {
+  constexpr int64_t W = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * W <= S; i += 2 * W) {
     Pair<A> u = load_pair(z + i);
     for (int m = 0; m < 2; ++m) u.v[m] = (load(dzn + i + m * W) - u.v[m] * slope) * rstd;
-    store_pair(dz + i, u);
+    put_pair(dz + i, u, past);
   }
   for (; i < S; i += W) {
     const int64_t n = S - i;
@@ -297,10 +299,12 @@ void backward_head(const QkNormRopeBackward& args, int64_t token, int64_t h, con
 template <class T>
 void backward(const QkNormRopeBackward& args) {
   using A = stat_t<T>;
-  const int64_t D = args.H * args.S, parts = args.parts.parts;
+  const int64_t S = args.S, D = args.H * S, parts = args.parts.parts;
+  const A norm = A(1) / std::sqrt(static_cast<A>(S));
   auto* table = static_cast<double*>(args.workspace);
   auto* partial = reinterpret_cast<A*>(table + (3 + 4 * parts) * args.pairs);
   A* dzn = partial + parts * 4 * D;
+  const bool past = leaves_caches(args.sequences.tokens() * D, S, static_cast<T*>(args.dz));
   make_steps(args, table);
 
   parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
@@ -308,13 +312,29 @@ void backward(const QkNormRopeBackward& args) {
       Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
       A* sums = partial + part * 4 * D;
       std::memset(sums, 0, 4 * D * sizeof(A));
-      for (int64_t token = args.parts.begin(part); token < args.parts.end(part); ++token) {
-        rotation.move_to(token);
-        for (int64_t h = 0; h < args.H; ++h) {
-          backward_head<T, A>(args, token, h, rotation, sums, dzn + part * 2 * args.pairs);
-        }
-      }
+      A* dzns = dzn + part * kRowsTogether<A> * 2 * args.pairs;
+      int64_t token = args.parts.begin(part), h = 0;
+      const int64_t first = token * args.H, last = args.parts.end(part) * args.H;
+      for_rows<A>(first, last, 3 * S * sizeof(T) + S * sizeof(A), 2048,
+                  [&](int64_t r, auto rows) __attribute__((always_inline)) {
+                    const A* rstd = static_cast<const A*>(args.rstd) + r;
+                    const Vecs<A, 1> dots = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
+                      if (h == 0) rotation.move_to(token);
+                      const Vecs<A, 1> dot = backward_sum<T, A>(args, (r + k) * S, h, rotation, rstd[k], norm, sums,
+                                                                dzns + k * 2 * args.pairs);
+                      if (++h == args.H) h = 0, ++token;
+                      return dot;
+                    });
+                    A means[kLanes<A>];
+                    store(means, dots.v[0] / static_cast<A>(S));
+                    for (int64_t k = 0; k < rows; ++k) {
+                      const int64_t at = (r + k) * S;
+                      backward_row<T, A>(static_cast<const T*>(args.z) + at, dzns + k * 2 * args.pairs, rstd[k],
+                                         rstd[k] * means[k], S, static_cast<T*>(args.dz) + at, past);
+                    }
+                  });
     }
+    if (past) finish_puts();
   });
   // dgamma and dbeta are two outputs: two strided sums
   for (int64_t i = 0; i < 2 * D; i += kLanes<A>) {

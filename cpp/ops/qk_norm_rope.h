@@ -75,7 +75,7 @@ struct QkNormRopeBackward : QkNormRope {
   void* dz;          // [tokens, H, S]
   void* dgamma;      // [2, H, S] stat
   void* dbeta;       // [2, H, S] stat
-  void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, [parts, 2 pairs] of dzn;
+  void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, [parts, 8, 2 pairs] of dzn;
                      // on the GPU stat: [parts, 2, H, S] sums of dgamma, then of dbeta
 };
 
@@ -144,7 +144,7 @@ static inline QkNormRopeBackward check_qk_norm_rope_backward(Checker& c, const D
   args.dgamma = out.next(c, "dgamma", stat, {2, args.H * args.S});
   args.dbeta = out.next(c, "dbeta", stat, {2, args.H * args.S});
   const int64_t sums = args.parts.parts * 4 * args.H * args.S * size_of(stat);
-  const int64_t rows = (3 + 4 * args.parts.parts) * args.pairs * 8 + args.parts.parts * 2 * args.pairs * size_of(stat);
+  const int64_t rows = (3 + 4 * args.parts.parts) * args.pairs * 8 + args.parts.parts * 16 * args.pairs * size_of(stat);
   args.workspace = out.workspace(c, c.on_cuda() ? sums : sums + rows);
   return args;
 }

@@ -2,14 +2,13 @@
 //
 // Computes  y = x * rstd * (weight + 1), rstd = 1 / sqrt(mean(x^2) + eps), and its gradients (ops/rms_norm.h).
 // Layout    rows of D contiguous elements; rstd one per row; all compact.
-// Mapping   rows are split over the threads; a row is walked twice, the second time out of L1 or L2.
+// Mapping   rows are split over the threads; a row is walked twice, the second time out of L1 or L2: short rows several
+//           together (core/rows.h). Outputs larger than the caches go past them (core/past.h).
 // Traffic   forward 2, backward 3 elements moved per element, 2 and 8 FLOPs: memory-bound.
 // Numerics  sums of a row in four vector accumulators of float (double for float64). dweight: one partial sum per
 //           fixed part of the rows, added in order, so the result does not depend on the number of threads.
 // Limits    none; D = 0 gives empty rows.
 #include "ops/rms_norm.h"
-
-#include <cmath>
 
 #include "core/rows.h"
 
@@ -22,70 +21,74 @@ void forward(const RmsNormForward& args) {
   constexpr int64_t W = kLanes<A>;
   const int64_t D = args.D;
   const auto* weight = static_cast<const A*>(args.weight);
+  const bool past = leaves_caches(args.R * D, D, static_cast<T*>(args.y));
 
   parallel_for(args.R, grain_of_rows(D), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
+    for_rows<A>(begin, end, D * sizeof(T), kBytesTogether<T>, [&](int64_t r, auto rows) __attribute__((always_inline)) {
       const T* x = static_cast<const T*>(args.x) + r * D;
       T* y = static_cast<T*>(args.y) + r * D;
-      Vec<A> sums[4] = {};
-      int64_t i = 0;
-      for (; i + 4 * W <= D; i += 4 * W) {
-        for (int k = 0; k < 4; k += 2) {
-          const Pair<A> u = load_pair(x + i + k * W);
-          for (int m = 0; m < 2; ++m) sums[k + m] = u.v[m] * u.v[m] + sums[k + m];
-        }
-      }
-      for (; i < D; i += W) {
-        const Vec<A> v = load(x + i, D - i);
-        sums[0] = v * v + sums[0];
-      }
-      const A sum = sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-      const A scale = A(1) / std::sqrt(sum / static_cast<A>(D) + static_cast<A>(args.eps));
-      static_cast<A*>(args.rstd)[r] = scale;
-      for (i = 0; i + 2 * W <= D; i += 2 * W) {
-        Pair<A> u = load_pair(x + i);
-        for (Vec<A>& v : u.v) v *= scale;
-        if constexpr (kWeighted) {
-          const Pair<A> w = load_pair(weight + i);
-          for (int m = 0; m < 2; ++m) u.v[m] = u.v[m] * w.v[m] + u.v[m];
-        }
-        store_pair(y + i, u);
-      }
-      for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-        const Vec<A> v = load(x + k, n) * scale;
-        store(y + k, kWeighted ? v * load(weight + k, n) + v : v, n);
+      const Vecs<A, 1> sums = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
+        return sum_row(x + k * D, D, [](Vec<A> v, int64_t) { return v * v; });
       });
-    }
+      const Vec<A> rstd = A(1) / sqrt(sums.v[0] / static_cast<A>(D) + static_cast<A>(args.eps));
+      store(static_cast<A*>(args.rstd) + r, rstd, rows);
+      for (int64_t k = 0; k < rows; ++k, x += D, y += D) {
+        const A scale = static_cast<A*>(args.rstd)[r + k];
+        int64_t i = 0;
+        for (; i + 2 * W <= D; i += 2 * W) {
+          Pair<A> u = load_pair(x + i);
+          for (Vec<A>& v : u.v) v *= scale;
+          if constexpr (kWeighted) {
+            const Pair<A> w = load_pair(weight + i);
+            for (int m = 0; m < 2; ++m) u.v[m] = u.v[m] * w.v[m] + u.v[m];
+          }
+          put_pair(y + i, u, past);
+        }
+        for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+          const Vec<A> v = load(x + k, n) * scale;
+          store(y + k, kWeighted ? v * load(weight + k, n) + v : v, n);
+        });
+      }
+    });
+    if (past) finish_puts();
   });
 }
 
-// One row of backward: dx, and what it adds to dweight.
+// One row of backward, first walk: adds to dweight, and gives the sum of u * xh.
 template <class T, bool kWeighted>
-__attribute__((always_inline)) inline void backward_row(const T* dy, const T* x, const stat_t<T>* weight,
-                                                        stat_t<T> rstd, int64_t D, T* dx, stat_t<T>* dw) {
+__attribute__((always_inline)) inline Vecs<stat_t<T>, 1> backward_sum(const T* dy, const T* x, const stat_t<T>* weight,
+                                                                      stat_t<T> rstd, int64_t D, stat_t<T>* dw) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
   Vec<A> sums[2] = {};
   int64_t i = 0;
   for (; i + 2 * W <= D; i += 2 * W) {
     const Pair<A> g = load_pair(dy + i), v = load_pair(x + i);
-    Pair<A> w{};
-    if constexpr (kWeighted) w = load_pair(weight + i);
+    Pair<A> w{}, total{};
+    if constexpr (kWeighted) w = load_pair(weight + i), total = load_pair(dw + i);
     for (int m = 0; m < 2; ++m) {
-      const Vec<A> xh = v.v[m] * rstd;
-      const Vec<A> gxh = g.v[m] * xh;
+      const Vec<A> gxh = g.v[m] * (v.v[m] * rstd);
       sums[m] += kWeighted ? gxh * w.v[m] + gxh : gxh;
-      if constexpr (kWeighted) store(dw + i + m * W, load(dw + i + m * W) + gxh);
+      total.v[m] += gxh;
     }
+    if constexpr (kWeighted) store_pair(dw + i, total);
   }
-  const int64_t pairs_end = i;
   for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     const Vec<A> gxh = load(dy + k, n) * (load(x + k, n) * rstd);
     sums[0] += kWeighted ? gxh * load(weight + k, n) + gxh : gxh;
     if constexpr (kWeighted) store(dw + k, load(dw + k, n) + gxh, n);
   });
-  const A slope = rstd * (sum_lanes<A>(sums[0] + sums[1]) / static_cast<A>(D));
-  for (i = 0; i < pairs_end; i += 2 * W) {
+  return {{sums[0] + sums[1]}};
+}
+
+// The second: dx.
+template <class T, bool kWeighted>
+__attribute__((always_inline)) inline void backward_row(const T* dy, const T* x, const stat_t<T>* weight,
+                                                        stat_t<T> rstd, stat_t<T> slope, int64_t D, T* dx, bool past) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * W <= D; i += 2 * W) {
     const Pair<A> g = load_pair(dy + i), v = load_pair(x + i);
     Pair<A> w{};
     if constexpr (kWeighted) w = load_pair(weight + i);
@@ -94,7 +97,7 @@ __attribute__((always_inline)) inline void backward_row(const T* dy, const T* x,
       const Vec<A> u = kWeighted ? g.v[m] * w.v[m] + g.v[m] : g.v[m];
       out.v[m] = (u - v.v[m] * slope) * rstd;
     }
-    store_pair(dx + i, out);
+    put_pair(dx + i, out, past);
   }
   for_vectors<A>(i, D, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     const Vec<A> g = load(dy + k, n);
@@ -110,17 +113,29 @@ void backward(const RmsNormBackward& args) {
   const auto* weight = static_cast<const A*>(args.weight);
   auto* partial = static_cast<A*>(args.workspace);
   const Parts parts = args.parts;
+  const bool past = leaves_caches(args.R * D, D, static_cast<T*>(args.dx));
 
   parallel_for(parts.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       A* dw = kWeighted ? partial + p * D : nullptr;
       if constexpr (kWeighted) std::memset(dw, 0, D * sizeof(A));
-      for (int64_t r = parts.begin(p); r < parts.end(p); ++r) {
-        backward_row<T, kWeighted>(static_cast<const T*>(args.dy) + r * D, static_cast<const T*>(args.x) + r * D,
-                                   weight, static_cast<const A*>(args.rstd)[r], D, static_cast<T*>(args.dx) + r * D,
-                                   dw);
-      }
+      for_rows<A>(parts.begin(p), parts.end(p), 2 * D * sizeof(T), kBytesTogether<T>,
+                  [&](int64_t r, auto rows) __attribute__((always_inline)) {
+                    const T *dy = static_cast<const T*>(args.dy) + r * D, *x = static_cast<const T*>(args.x) + r * D;
+                    T* dx = static_cast<T*>(args.dx) + r * D;
+                    const A* rstd = static_cast<const A*>(args.rstd) + r;
+                    const Vecs<A, 1> sums = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
+                      return backward_sum<T, kWeighted>(dy + k * D, x + k * D, weight, rstd[k], D, dw);
+                    });
+                    A means[kLanes<A>];
+                    store(means, sums.v[0] / static_cast<A>(D));
+                    for (int64_t k = 0; k < rows; ++k) {
+                      backward_row<T, kWeighted>(dy + k * D, x + k * D, weight, rstd[k], rstd[k] * means[k], D,
+                                                 dx + k * D, past);
+                    }
+                  });
     }
+    if (past) finish_puts();
   });
   if constexpr (kWeighted) add_parts(partial, parts.parts, D, static_cast<A*>(args.dweight));
 }

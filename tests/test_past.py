@@ -1,0 +1,78 @@
+"""Outputs that go past the caches, which only large ones do, are to the bit those of pieces."""
+
+from collections.abc import Callable, Sequence
+
+import backend
+import pytest
+import torch
+from torch import Tensor
+
+from megalodon_ops._library import Maker
+
+pytestmark = pytest.mark.skipif(bool(backend.BACKEND), reason="of the CPU's kernels alone")
+
+OPS = torch.ops.megalodon
+BYTES = 32 << 20  # cpp/core/past.h
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def check(call: Callable[..., Sequence[Tensor]], *args: Tensor, largest: int = 0) -> None:
+    """call(*args) gives outputs with the rows of args, the `largest` one of BYTES or more."""
+    whole = call(*args)
+    assert whole[largest].numel() * whole[largest].element_size() >= BYTES
+    middle = len(args[0]) // 2
+    halves = zip(call(*(a[:middle] for a in args)), call(*(a[middle:] for a in args)), strict=True)
+    for got, (first, second) in zip(whole, halves, strict=True):
+        assert torch.equal(got, torch.cat((first, second)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [512, 100])  # rows of 100 are no whole lines
+def test_norms(isa: str, D: int, dtype: torch.dtype) -> None:
+    make = Maker(dtype)
+    rows = BYTES // (D * dtype.itemsize) + 3
+    x, dy, weight, bias = (
+        make.activation(rows, D),
+        make.activation(rows, D),
+        make.stat(D),
+        make.stat(D),
+    )
+    check(lambda x: OPS.rms_norm(x, weight), x)
+    check(lambda x: OPS.layer_norm(x, weight, bias), x)
+    rstd = OPS.rms_norm(x, weight)[1]
+    check(lambda dy, x, rstd: OPS.rms_norm_backward(dy, x, weight, rstd)[:1], dy, x, rstd)
+    _, mean, rstd = OPS.layer_norm(x, weight, bias)
+    check(
+        lambda *args: OPS.layer_norm_backward(*args[:2], weight, *args[2:])[:1], dy, x, mean, rstd
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_mul(isa: str, dtype: torch.dtype) -> None:
+    make = Maker(dtype)
+    a, b, dy = (make.activation(BYTES // dtype.itemsize + 77) for _ in range(3))
+    check(lambda a: (OPS.silu_mul(a, None),), a)
+    check(lambda a, b: (OPS.silu_mul(a, b),), a, b)
+    check(OPS.silu_mul_backward, dy, a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_qk_norm_rope(isa: str, dtype: torch.dtype) -> None:
+    make = Maker(dtype)
+    B, L, H, S = BYTES // (64 * 1024 * dtype.itemsize), 64, 4, 256
+    scales = make.stat(2, H * S), make.stat(2, H * S)
+    z, dq, dk = (
+        make.activation(B, L, H * S),
+        make.activation(B, L, H, S),
+        make.activation(B, L, H, S),
+    )
+    check(lambda z: OPS.qk_norm_rope(z, *scales, H, 50), z)
+    rstd = OPS.qk_norm_rope(z, *scales, H, 50)[2]
+    rest = H, 50, 10000.0, None, 1e-5, None
+    check(
+        lambda *args: OPS.qk_norm_rope_backward(*args[:3], *scales, args[3], *rest)[:1],
+        dq,
+        dk,
+        z,
+        rstd,
+    )
