@@ -385,6 +385,38 @@ __global__ void tensor_tiles_kernel(GRID_CONSTANT TensorMap map, uint32_t* sums,
   if (kBug != Bug::kEarlyExit) sync_cluster();  // nobody arrives or copies here any more
 }
 
+// ---- numbers that several warps have read are written again, in turns of mbarriers ----------------------------------
+
+template <Bug kBug>
+__global__ void several_readers_kernel(const float* x, float* sums, int turns) {
+  SHARED(float, numbers, [32]);
+  SHARED(Barrier, full);
+  SHARED(Barrier, free);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const bool writes = thread >= 64;  // the third warp, which reads, too
+  if (thread == 0) {
+    full.init(32);
+    free.init(2);
+    fence_barrier_init();
+  }
+  sync_block();  // the barriers are there
+  float sum = 0;
+  for (int i = 0; i < turns; ++i) {
+    if (writes) {
+      free.wait(1 - i % 2);
+      numbers[lane] = x[i * 32 + lane];
+      full.arrive();
+    }
+    full.wait(i % 2);
+    const bool early = kBug == (thread < 32 ? Bug::kEarlyRelease : Bug::kEarlyLastRelease);
+    if (early && !writes && lane == 0) free.arrive();
+    sum += numbers[lane ^ 1];
+    if (kBug != Bug::kMissingSyncWarp || !writes) sync_warp();  // all lanes have read
+    if (!early && !writes && lane == 0) free.arrive();
+  }
+  sums[thread] = sum;
+}
+
 // ---- waits that never end -------------------------------------------------------------------------------------------
 
 __global__ void deadlock_kernel(float* y) {
@@ -481,6 +513,12 @@ void tensor_tiles(Bug bug, const uint16_t* x, uint32_t* sums, int tiles) {
            Bug::kUnwaitedCopy>(bug, [&](auto kBug) {
     launch({"tensor_tiles", dim3(2), dim3(64), 3 * sizeof(LineTile), nullptr, 2}, tensor_tiles_kernel<kBug()>, map,
            sums, tiles);
+  });
+}
+
+void several_readers(Bug bug, const float* x, float* sums, int turns) {
+  with_bug<Bug::kNone, Bug::kEarlyRelease, Bug::kEarlyLastRelease, Bug::kMissingSyncWarp>(bug, [&](auto kBug) {
+    launch({"several_readers", dim3(1), dim3(96)}, several_readers_kernel<kBug()>, x, sums, turns);
   });
 }
 

@@ -168,6 +168,20 @@ bool tensor_tiles(Bug bug) {
   return right;
 }
 
+bool several_readers(Bug bug) {
+  const int turns = 5;
+  const std::vector<float> x = numbers(turns * 32);
+  std::vector<float> sums(96, kNan);
+  megalodon::cuda::several_readers(bug, x.data(), sums.data(), turns);
+  bool right = true;
+  for (int i = 0; i < 96; ++i) {
+    float sum = 0;
+    for (int turn = 0; turn < turns; ++turn) sum += x[turn * 32 + (i % 32 ^ 1)];
+    right &= sums[i] == sum;
+  }
+  return right;
+}
+
 const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", row_sum},
                                                                   {"scan", scan},
                                                                   {"pipeline", pipeline},
@@ -178,7 +192,8 @@ const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", ro
                                                                   {"matrix_product", matrix_product},
                                                                   {"warpgroup_product", warpgroup_product},
                                                                   {"chained_products", chained_products},
-                                                                  {"tensor_tiles", tensor_tiles}};
+                                                                  {"tensor_tiles", tensor_tiles},
+                                                                  {"several_readers", several_readers}};
 
 const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_mask", Bug::kMissingMask},
@@ -208,6 +223,7 @@ const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_full_wait", Bug::kMissingFullWait},
                                           {"missing_free_wait", Bug::kMissingFreeWait},
                                           {"early_release", Bug::kEarlyRelease},
+                                          {"early_last_release", Bug::kEarlyLastRelease},
                                           {"missing_cluster_sync", Bug::kMissingClusterSync},
                                           {"missing_barrier_fence", Bug::kMissingBarrierFence},
                                           {"early_exit", Bug::kEarlyExit},

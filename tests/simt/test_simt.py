@@ -77,6 +77,9 @@ SEEDED = {
     ("tensor_tiles", "many_bytes"): ("LIVELOCK",) * 3,
     ("tensor_tiles", "many_arrivals"): ("LIVELOCK",) * 3,
     ("tensor_tiles", "unwaited_copy"): ("before its tensor copies have come",) * 3,
+    ("several_readers", "early_release"): ("", "", "RACE: write of shared memory"),
+    ("several_readers", "early_last_release"): ("", "", "RACE: write of shared memory"),
+    ("several_readers", "missing_sync_warp"): ("wrong", "wrong", "RACE: write of shared memory"),
     ("waits", "deadlock"): ("DEADLOCK",) * 3,
     ("waits", "wrong_mask"): ("the calling lane 16 is not in the mask 0000ffff",) * 3,
 }
@@ -91,6 +94,7 @@ KERNELS = (
     "warpgroup_product",
     "chained_products",
     "tensor_tiles",
+    "several_readers",
     "waits",
 )
 
