@@ -61,6 +61,27 @@ def test_more_strips_than_blocks_take_at_a_time() -> None:
     check_gradients(OP, args)
 
 
+@pytest.mark.skipif(BACKEND != "simt", reason="orders of the executor, many")
+@pytest.mark.parametrize("machine", MACHINES[1:2], indirect=True)
+@pytest.mark.parametrize(("L", "orders", "backward"), [(1280, 16, False), (640, 6, True)])
+def test_any_order_of_warps(
+    L: int, orders: int, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many slabs: one that is released before it has been read is wrong in few orders."""
+    leaves = [t.requires_grad_(backward) for t in qkv(Maker(BF16), 1, L, 1, 8, 8)]
+
+    def results() -> list[Tensor]:
+        o = OP.overload(*leaves, L)[0]
+        return [o, *(torch.autograd.grad(o.sum(), leaves) if backward else ())]
+
+    monkeypatch.setenv("MEGALODON_SIMT_SCHEDULE", "forward")
+    wanted = results()
+    for seed in range(orders):
+        monkeypatch.setenv("MEGALODON_SIMT_SCHEDULE", f"random:{seed}")
+        for want, got in zip(wanted, results(), strict=True):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("mode", ["key", "weight"])
 @pytest.mark.parametrize(("starts", "E"), [(None, 264), (None, 136), ([0, 77, 500], 136)])
