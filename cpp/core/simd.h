@@ -8,7 +8,6 @@
 #include <initializer_list>
 #include <limits>
 #include <type_traits>
-#include <utility>
 
 #if defined(MEGALODON_X86)
 #include <immintrin.h>
@@ -356,28 +355,29 @@ inline Vec<double> sqrt(Vec<double> v) {
   return v;
 }
 
-template <class A, int kDistance, int... lane>
-inline Vec<A> add_distant(Vec<A> v, std::integer_sequence<int, lane...>) {
-  return v + __builtin_shufflevector(v, v, (lane ^ kDistance)...);
-}
+// Shuffles with vectors of indices, which nvcc understands where it does not understand packs of them.
+template <class A>
+using VecIndex = std::conditional_t<std::is_same_v<A, double>, VecI64, VecI32>;
 
 template <class A, int kDistance = kLanes<A> / 2>
 inline A sum_lanes(Vec<A> v) {  // pairwise
   if constexpr (kDistance == 0) {
     return v[0];
   } else {
-    constexpr auto kSequence = std::make_integer_sequence<int, kLanes<A>>{};
-    return sum_lanes<A, kDistance / 2>(add_distant<A, kDistance>(v, kSequence));
+    VecIndex<A> other;
+    for (int i = 0; i < kLanes<A>; ++i) other[i] = i ^ kDistance;
+    return sum_lanes<A, kDistance / 2>(v + __builtin_shuffle(v, other));
   }
 }
 
 // Of a and b, which hold kCount numbers of each of their rows, the rows one after another: the sums of the lower and
 // the upper half of each row.
-template <class A, int kCount, int... lane>
-inline Vec<A> add_halves(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
+template <class A, int kCount>
+inline Vec<A> add_halves(Vec<A> a, Vec<A> b) {
   constexpr int kHalf = kCount / 2;
-  return __builtin_shufflevector(a, b, (lane / kHalf * kCount + lane % kHalf)...) +
-         __builtin_shufflevector(a, b, (lane / kHalf * kCount + lane % kHalf + kHalf)...);
+  VecIndex<A> lower;
+  for (int i = 0; i < kLanes<A>; ++i) lower[i] = i / kHalf * kCount + i % kHalf;
+  return __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, lower + kHalf);
 }
 
 // Lane i < R: sum_lanes(v[i]), to the bit. R is a power of two, kLanes<A> at most.
@@ -386,12 +386,9 @@ inline Vec<A> sum_each(const Vec<A> (&v)[R]) {
   if constexpr (kCount == 1) {
     return v[0];
   } else {
-    constexpr auto kSequence = std::make_integer_sequence<int, kLanes<A>>{};
     constexpr int kLeft = R > 1 ? R / 2 : 1;
     Vec<A> sums[kLeft];
-    for (int i = 0; i < kLeft; ++i) {
-      sums[i] = add_halves<A, kCount>(v[R > 1 ? 2 * i : 0], v[R > 1 ? 2 * i + 1 : 0], kSequence);
-    }
+    for (int i = 0; i < kLeft; ++i) sums[i] = add_halves<A, kCount>(v[R > 1 ? 2 * i : 0], v[R > 1 ? 2 * i + 1 : 0]);
     return sum_each<A, kLeft, kCount / 2>(sums);
   }
 }

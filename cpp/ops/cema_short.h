@@ -22,9 +22,6 @@ static inline bool is_short(const CemaForward& args) {
   return args.N <= kShortWavelets && L <= kShortSteps && (L <= 4 || args.sequences.tokens() <= kShortSteps);
 }
 
-template <class A>
-using VecIndex = std::conditional_t<std::is_same_v<A, double>, VecI64, VecI32>;
-
 typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
 
 inline Vec<float> join(HalfFloats low, HalfFloats high) {
