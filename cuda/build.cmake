@@ -56,13 +56,14 @@ if(NOT MEGALODON_SIMT)
 endif()
 
 # A .cu file as a C++ source: one that includes it.
-foreach(source IN LISTS cuda_sources hopper_sources ITEMS tests/simt/kernels.cu tests/conformance/program.cu
-        tests/conformance/program_wgmma.cu)
+set(test_sources tests/simt/kernels.cu tests/simt/kernels_hopper.cu)
+set(conformance_sources tests/conformance/program.cu tests/conformance/program_wgmma.cu)
+foreach(source IN LISTS cuda_sources hopper_sources test_sources conformance_sources)
   set(wrapper ${PROJECT_BINARY_DIR}/wrapped/${source}.cpp)
   file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${PROJECT_SOURCE_DIR}/${source}\"\n")
   list(APPEND simt_kernel_sources ${wrapper})
 endforeach()
-list(POP_BACK simt_kernel_sources simt_conformance_wgmma simt_conformance simt_test_kernels)
+list(POP_BACK simt_kernel_sources simt_conformance_wgmma simt_conformance simt_hopper_test_kernels simt_test_kernels)
 
 # The C functions, whose CPU kernels never run here, and the binding.
 add_library(simt_entries OBJECT ${op_sources} cpp/core/isa.cpp cpp/core/parallel.cpp cpp/core/tensor.cpp)
@@ -82,7 +83,7 @@ foreach(build IN LISTS MEGALODON_SIMT)
                                             cuda/simt/memory.cpp cuda/simt/race.cpp cuda/simt/schedule.cpp
                                             cuda/simt/wgmma.cpp)
   add_library(simt_kernels_${build} OBJECT ${simt_kernel_sources})
-  add_library(simt_test_kernels_${build} OBJECT ${simt_test_kernels})
+  add_library(simt_test_kernels_${build} OBJECT ${simt_test_kernels} ${simt_hopper_test_kernels})
   target_include_directories(simt_test_kernels_${build} PRIVATE tests/simt)
   add_executable(simt_tests_${build} tests/simt/main.cpp)
   target_link_libraries(simt_tests_${build} PRIVATE simt_executor_${build} simt_test_kernels_${build})

@@ -1,7 +1,9 @@
-// The launchers of kernels.cu.
+// The launchers of kernels.cu and kernels_hopper.cu.
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <type_traits>
 
 namespace megalodon::cuda {
 
@@ -43,6 +45,13 @@ enum class Bug {
   kManyArrivals,
   kUnwaitedCopy,
 };
+
+// Calls choose(std::integral_constant<Bug, bug>).
+template <Bug... kBugs, class Choose>
+void with_bug(Bug bug, Choose&& choose) {
+  bool found = ((bug == kBugs && (choose(std::integral_constant<Bug, kBugs>{}), true)) || ...);
+  if (!found) throw std::runtime_error("this kernel has no such mistake");
+}
 
 void row_sum(Bug bug, const float* x, float* sums, float* scaled, int rows, int columns);
 void scan(Bug bug, const uint32_t* x, uint32_t* y, uint64_t* states, uint32_t* ticket, int length);

@@ -1,4 +1,4 @@
-// simt_tests KERNEL BUG SCHEDULE...: runs one kernel of kernels.cu under each schedule and prints a line for each,
+// simt_tests KERNEL BUG SCHEDULE...: runs one kernel of kernels.h under each schedule and prints a line for each,
 // "correct", "wrong" (the numbers) or what the executor reported. tests/simt/test_simt.py reads them.
 #include <cmath>
 #include <cstdio>
