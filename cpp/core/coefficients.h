@@ -18,7 +18,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "core/simd.h"
+#include "core/elementary.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 

@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "core/parallel.h"
-#include "core/past.h"
 #include "core/simd.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
@@ -31,7 +30,8 @@ __attribute__((always_inline)) inline void for_rows(int64_t begin, int64_t end, 
   }
 }
 
-// The bytes for ops that memory binds: few of floats, for reads and writes in turns go best there.
+// The bytes for ops that memory binds: few of floats, for reads and writes in turns go best there (AMD Zen 4, November
+// 2026).
 template <class T>
 constexpr int64_t kBytesTogether = sizeof(T) == 2 ? 8192 : 2048;
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/elementary.h"
 #include "core/gemm.h"
 #include "ops/chunk_attention.h"
 

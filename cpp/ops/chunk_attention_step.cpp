@@ -13,6 +13,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/elementary.h"
 #include "core/gemm.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {

@@ -12,6 +12,7 @@
 // Limits    none; D = 0 gives empty rows.
 #include "ops/layer_norm.h"
 
+#include "core/past.h"
 #include "core/rows.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {

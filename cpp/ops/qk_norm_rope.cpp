@@ -14,6 +14,8 @@
 
 #include <cmath>
 
+#include "core/elementary.h"
+#include "core/past.h"
 #include "core/rows.h"
 #include "core/trig.h"
 
@@ -21,6 +23,12 @@ namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
 constexpr int64_t kExactEvery = 64;
+
+// The bytes of rows that are worked on together: a few, lest reads and writes no longer go in turns (AMD Zen 4,
+// November 2026: more are slower where memory binds).
+template <class T>
+constexpr int64_t kBytesForward = sizeof(T) == 2 ? 4096 : 2048;
+constexpr int64_t kBytesBackward = 2048;
 
 // The tables that all parts share: the angle of each pair per position, and its cosine and sine.
 void make_steps(const QkNormRope& args, double* table) {
@@ -219,7 +227,7 @@ void forward(const QkNormRopeForward& args) {
       Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
       int64_t token = args.parts.begin(part), h = 0;
       const int64_t first = token * args.H, last = args.parts.end(part) * args.H;
-      for_rows<A>(first, last, S * sizeof(T), sizeof(T) == 2 ? 4096 : 2048,
+      for_rows<A>(first, last, S * sizeof(T), kBytesForward<T>,
                   [&](int64_t r, auto rows) __attribute__((always_inline)) {
                     const T* z = static_cast<const T*>(args.z) + r * S;
                     const Vecs<A, 1> sums = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
@@ -304,6 +312,7 @@ void backward(const QkNormRopeBackward& args) {
   auto* table = static_cast<double*>(args.workspace);
   auto* partial = reinterpret_cast<A*>(table + (3 + 4 * parts) * args.pairs);
   A* dzn = partial + parts * 4 * D;
+  static_assert(kRowsTogether<A> <= QkNormRopeBackward::kMostRows);
   const bool past = leaves_caches(args.sequences.tokens() * D, S, static_cast<T*>(args.dz));
   make_steps(args, table);
 
@@ -315,7 +324,7 @@ void backward(const QkNormRopeBackward& args) {
       A* dzns = dzn + part * kRowsTogether<A> * 2 * args.pairs;
       int64_t token = args.parts.begin(part), h = 0;
       const int64_t first = token * args.H, last = args.parts.end(part) * args.H;
-      for_rows<A>(first, last, 3 * S * sizeof(T) + S * sizeof(A), 2048,
+      for_rows<A>(first, last, 3 * S * sizeof(T) + S * sizeof(A), kBytesBackward,
                   [&](int64_t r, auto rows) __attribute__((always_inline)) {
                     const A* rstd = static_cast<const A*>(args.rstd) + r;
                     const Vecs<A, 1> dots = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {

@@ -69,14 +69,16 @@ struct QkNormRopeForward : QkNormRope {
 };
 
 struct QkNormRopeBackward : QkNormRope {
+  static constexpr int64_t kMostRows = 8;  // heads that the CPU works on together
+
   const void* dq;    // [tokens, H, S]
   const void* dk;    // [tokens, H, S]
   const void* rstd;  // [tokens, H] stat
   void* dz;          // [tokens, H, S]
   void* dgamma;      // [2, H, S] stat
   void* dbeta;       // [2, H, S] stat
-  void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, [parts, 8, 2 pairs] of dzn;
-                     // on the GPU stat: [parts, 2, H, S] sums of dgamma, then of dbeta
+  void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, and dzn of a part's rows,
+                     // [parts, kMostRows, 2 pairs]; on the GPU stat: [parts, 2, H, S] sums of dgamma, then of dbeta
 };
 
 static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in, const DLTensor* gamma_in,
@@ -144,7 +146,8 @@ static inline QkNormRopeBackward check_qk_norm_rope_backward(Checker& c, const D
   args.dgamma = out.next(c, "dgamma", stat, {2, args.H * args.S});
   args.dbeta = out.next(c, "dbeta", stat, {2, args.H * args.S});
   const int64_t sums = args.parts.parts * 4 * args.H * args.S * size_of(stat);
-  const int64_t rows = (3 + 4 * args.parts.parts) * args.pairs * 8 + args.parts.parts * 16 * args.pairs * size_of(stat);
+  const int64_t dzn = args.parts.parts * QkNormRopeBackward::kMostRows * 2 * args.pairs * size_of(stat);
+  const int64_t rows = (3 + 4 * args.parts.parts) * args.pairs * 8 + dzn;
   args.workspace = out.workspace(c, c.on_cuda() ? sums : sums + rows);
   return args;
 }

@@ -10,6 +10,7 @@
 // Limits    none; D = 0 gives empty rows.
 #include "ops/rms_norm.h"
 
+#include "core/past.h"
 #include "core/rows.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {

@@ -3,17 +3,16 @@
 // Computes  y = silu(a) * b (b optional) and its gradients (ops/silu_mul.h).
 // Layout    flat arrays of n elements.
 // Mapping   ranges of elements are split over the threads; two vectors at a time. Outputs larger than the caches go
-// past
-//           them (core/past.h).
+//           past them (core/past.h).
 // Traffic   forward 3, backward 5 elements moved per element (2 and 3 without b); an exp and a division each.
-// Numerics  in float (double for float64); sigmoid through e^-a, which is inf for a < -88 and then gives exactly 0.
-// Where
-//           the result is rounded to 16 bits, a sigmoid of fewer instructions (sigmoid_for in core/simd.h).
+// Numerics  in float (double for float64); sigmoid through e^-a, which is inf for a < -88 and then gives exactly 0. Of
+//           16-bit results a sigmoid of fewer instructions (sigmoid_for in core/elementary.h).
 // Limits    none.
 #include "ops/silu_mul.h"
 
 #include <iterator>
 
+#include "core/elementary.h"
 #include "core/parallel.h"
 #include "core/past.h"
 #include "core/simd.h"

@@ -2,11 +2,10 @@
 // Layout    x, y, dy, dx (tokens, D); states (sequences, G); step_mean, step_rstd (tokens, G); mask (tokens); all
 //           compact. The tokens of a sequence, a row or a segment of a packed one, are adjacent.
 // Mapping   a tile is up to 128 groups and 4096 channels of the sequences of one part; tiles are split over the
-// threads,
-//           and a tile walks through time alone. Segments may differ in length a thousandfold: so that no thread gets
-//           all of a long one, the parts of the same groups come one after another. A step: sums over groups
-//           (vectorised over groups, core/groups.h), the recurrence (over groups), then the channels. Backward takes
-//           eight unpadded steps at a time, so that it goes up in memory for a while.
+//           threads, and a tile walks through time alone. Segments may differ in length a thousandfold: so that no
+//           thread gets all of a long one, the parts of the same groups come one after another. A step: sums over
+//           groups (vectorised over groups, core/groups.h), the recurrence (over groups), then the channels. Backward
+//           takes eight unpadded steps at a time, so that it goes up in memory for a while.
 // Traffic   forward 2, backward 3 elements moved per element; what a step reads again is in L1 (backward: L2). About 15
 //           and 25 instructions per vector: near memory-bound.
 // Numerics  a step is measured from the mean of the steps before it, in one pass: mu - M and s come from the means of
