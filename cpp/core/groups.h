@@ -2,6 +2,7 @@
 // channel. A block is W groups (W lanes to a vector), so that what belongs to its groups fills a vector. Template
 // parameter P says how large a group is:
 //   0 < P <= W   exactly P channels, P a power of two: P vectors hold a block;
+//   P = 2W       exactly P channels;
 //   P = 0        any size K: each group has its own vectors, the last one perhaps partial.
 // Either way a block shrinks to one vector of W sums in rounds of adding neighbours: about three instructions a vector,
 // where a horizontal sum of each would take eight.
@@ -37,6 +38,40 @@ inline Vec<A> add_neighbours(Vec<A> a, Vec<A> b) {
 #endif
 }
 
+template <class V, int N>
+struct Sums {
+  V v[N];
+};
+
+#if defined(__AVX512F__)
+constexpr int kHalfLanes = kLanes<float> / 2;
+
+inline Vec<float> join(HalfVec lower, HalfVec upper) {
+  const __m512d low = _mm512_castps_pd(_mm512_castps256_ps512(reinterpret_cast<__m256>(lower)));
+  return reinterpret_cast<Vec<float>>(_mm512_insertf64x4(low, reinterpret_cast<__m256d>(upper), 1));
+}
+
+// Lane j: the sum over half vector j, of kHalfLanes; vectors(std::integral_constant<int, j>) gives N of each.
+template <int N, int V, int J = 0, class F>
+__attribute__((always_inline)) inline Sums<HalfVec, N> add_halves(const F& vectors) {
+  if constexpr (V == 1) {
+    return vectors(std::integral_constant<int, J>{});
+  } else {
+    const Sums<HalfVec, N> x = add_halves<N, V / 2, J>(vectors);
+    const Sums<HalfVec, N> y = add_halves<N, V / 2, J + V / 2>(vectors);
+    Sums<HalfVec, N> sums;
+    for (int i = 0; i < N; ++i) {
+      const __m256 a = reinterpret_cast<__m256>(x.v[i]), b = reinterpret_cast<__m256>(y.v[i]);
+      // Within the quarters of 128 bits twice, then across them.
+      const __m256 first = V == kHalfLanes ? _mm256_permute2f128_ps(a, b, 0x20) : _mm256_shuffle_ps(a, b, 0x88);
+      const __m256 second = V == kHalfLanes ? _mm256_permute2f128_ps(a, b, 0x31) : _mm256_shuffle_ps(a, b, 0xdd);
+      sums.v[i] = reinterpret_cast<HalfVec>(_mm256_add_ps(first, second));
+    }
+    return sums;
+  }
+}
+#endif
+
 // The sums of W groups from V vectors; vectors(std::integral_constant<int, j>) gives vector j as Vecs<A, N>. Depth
 // first, so that only log2(V) + 1 vectors are alive at a time.
 template <class A, int V, int N, int J = 0, class F>
@@ -53,85 +88,99 @@ __attribute__((always_inline)) inline Vecs<A, N> add_vectors(const F& vectors) {
 }
 
 template <class A, int P, int... I>
-inline Vec<A> spread(Vec<A> v, std::integer_sequence<int, I...>) {
+inline Vec<A> spread_lanes(Vec<A> v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, (I / P)...);
 }
 
 // The values of a block of W groups, one per channel, as vector j of the block: the inverse of Groups::sum. Reads up to
 // W values beyond the block.
-template <class A, int P>
-inline Vec<A> spread(const A* block, int64_t j) {
+template <class A, int P, class V = Vec<A>>
+inline V spread(const A* block, int64_t j) {
   if constexpr (P == 1) {
     return load(block);
-  } else if constexpr (P == 0 || P == kLanes<A>) {
-    return splat(block[j]);
+  } else if constexpr (P == 0 || P >= kLanes<A>) {
+    return block[j] - V{};
   } else {
-    return spread<A, P>(load(block + j * (kLanes<A> / P)), std::make_integer_sequence<int, kLanes<A>>{});
+    return spread_lanes<A, P>(load(block + j * (kLanes<A> / P)), std::make_integer_sequence<int, kLanes<A>>{});
   }
 }
 
-template <class F, int... J>
-__attribute__((always_inline)) inline void for_each_index(const F& f, std::integer_sequence<int, J...>) {
-  (f(J), ...);
-}
-
-// `groups` adjacent groups of K channels. Below, f(j, i, n) is called with the index j of
-// spread(), the channel i to start at and the number n of channels that are there: a constant W where that is certain.
-// Up to eight vectors of a block are unrolled: with four, groups of 16 and 32 channels took up to 1.3 times as long on
-// AVX2.
+// `groups` adjacent groups of K channels. Below, n is the number of channels that are there, from channel i on, and j
+// the index of spread().
 template <class A, int P>
 struct Groups {
   static constexpr int W = kLanes<A>;
-  static constexpr int kVectors = P == 0 ? W : P;
+  static constexpr int kEach = P / W;  // vectors of a group of constant size, if it is whole vectors
+  static constexpr int kVectors = P == 0 || kEach > 0 ? W : P;
+  // Vectors of a block that are unrolled. With four, sums of groups of 16 and 32 channels took up to 1.3 times as long
+  // on AVX2.
   static constexpr int kUnrolled = kVectors < 8 ? kVectors : 8;
+  // Adjacent vectors that for_each_run takes at a time, at most: two accumulators for each fit in the registers.
+  static constexpr int kRun = kVectors < (kVectorBytes == 64 ? 8 : 4) ? kVectors : kVectorBytes == 64 ? 8 : 4;
   int64_t K;
   int64_t groups;
 
   int64_t channels() const { return groups * K; }
   int64_t blocks_end() const { return (groups + W - 1) / W * W; }
 
-  // For the vectors of the block that starts at group g.
+  // Calls run(count, j, i, n) for runs of `count` adjacent vectors of the block that starts at group g. count is a
+  // constant, a power of two; n = W for each of several vectors. Their indices are j + step(0), j + step(1), ...
   template <class F>
-  __attribute__((always_inline)) void for_each_vector(int64_t g, const F& f) const {
-    for (int64_t j = 0; j < kVectors; j += kUnrolled) {
-      for_each_index([&](int k) __attribute__((always_inline)) { visit(g, j + k, f); },
-                     std::make_integer_sequence<int, kUnrolled>{});
-    }
-  }
-
-  // The same, but two adjacent vectors at a time where there are two, kPairs, and the whole block: pair(j0, j1, i), j0
-  // and j1 being their indices.
-  template <bool kPairs, class F2, class F>
-  __attribute__((always_inline)) void for_each_pair(int64_t g, const F2& pair, const F& single) const {
-    if constexpr (kPairs && P > 1) {
-      if (g + W > groups) return for_each_vector(g, single);
-      for (int64_t j = 0; j < kVectors; j += kUnrolled) {
-        for_each_index([&](int k)
-                           __attribute__((always_inline)) { pair(j + 2 * k, j + 2 * k + 1, g * P + (j + 2 * k) * W); },
-                       std::make_integer_sequence<int, kUnrolled / 2>{});
-      }
-    } else if constexpr (kPairs && P == 0) {
-      for (int64_t j = 0; j < W && g + j < groups; ++j) {
-        const int64_t begin = (g + j) * K;
-        int64_t m = 0;
-        for (; m + 2 * W <= K; m += 2 * W) pair(j, j, begin + m);
-        for (; m < K; m += W) single(j, begin + m, K - m < W ? K - m : int64_t{W});
+  __attribute__((always_inline)) void for_each_run(int64_t g, const F& run) const {
+    constexpr std::integral_constant<int, kRun> kMany;
+    constexpr std::integral_constant<int, 1> kOne;
+    if constexpr (P > 0) {
+      if (g + W <= groups) {
+        for (int64_t v = 0; v < P; v += kRun) run(kMany, index_of(v), g * P + v * W, int64_t{W});
+      } else {
+        for (int64_t v = 0; v < P; ++v) {
+          const int64_t i = g * P + v * W, n = groups * P - i;
+          if (n > 0) run(kOne, index_of(v), i, n < W ? n : int64_t{W});
+        }
       }
     } else {
-      for_each_vector(g, single);
+      for (int64_t j = 0; j < W && g + j < groups; ++j) {
+        int64_t i = (g + j) * K;
+        const int64_t end = i + K;
+        take_runs<kRun>(j, &i, end, run);
+        if (i < end) run(kOne, j, i, end - i);
+      }
     }
   }
+  static constexpr int step(int vector) { return P == 0 ? 0 : static_cast<int>(index_of(vector)); }
 
-  // The sums of f over the groups of that block; of groups that do not exist, 0. f gives 0 in lanes from n on.
+  // The sums of f over the groups of that block; of groups that do not exist, 0. f(V{}, j, i, n) gives N sums of type
+  // V, as an array Sums, and 0 in lanes from n on; n is a constant where all lanes are there.
   template <int N, class F>
   __attribute__((always_inline)) Vecs<A, N> sum(int64_t g, const F& f) const {
+#if defined(__AVX512F__)
+    if constexpr (kEach > 0 && std::is_same_v<A, float>) {
+      return g + W <= groups ? sum_halves<true, N>(g, f) : sum_halves<false, N>(g, f);
+    }
+#endif
+    return g + W <= groups ? sum_of<true, N>(g, f) : sum_of<false, N>(g, f);
+  }
+
+ private:
+  // Of vector v of a block of constant size.
+  static constexpr int64_t index_of(int64_t v) { return kEach > 1 ? v / kEach : v; }
+
+  template <int kCount, class F>
+  __attribute__((always_inline)) static void take_runs(int64_t j, int64_t* i, int64_t end, const F& run) {
+    for (; *i + kCount * W <= end; *i += kCount * W) run(std::integral_constant<int, kCount>{}, j, *i, int64_t{W});
+    if constexpr (kCount > 1) take_runs<kCount / 2>(j, i, end, run);
+  }
+
+  // kWhole: all groups of the block exist.
+  template <bool kWhole, int N, class F>
+  __attribute__((always_inline)) Vecs<A, N> sum_of(int64_t g, const F& f) const {
     Vecs<A, N> sums[kVectors / kUnrolled];
     for (int64_t j = 0; j < kVectors; j += kUnrolled) {
       sums[j / kUnrolled] = add_vectors<A, kUnrolled, N>([&](auto k) __attribute__((always_inline)) {
         Vecs<A, N> total = {};
-        visit(g, j + k, [&](int64_t, int64_t i, int64_t n) __attribute__((always_inline)) {
-          const Vecs<A, N> values = f(j + k, i, n);
-          for (int m = 0; m < N; ++m) total.v[m] = P == 0 ? total.v[m] + values.v[m] : values.v[m];
+        visit<kWhole>(g, j + k, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+          const Sums<Vec<A>, N> values = f(Vec<A>{}, j + k, i, n);
+          for (int m = 0; m < N; ++m) total.v[m] = P == 0 || kEach > 1 ? total.v[m] + values.v[m] : values.v[m];
         });
         return total;
       });
@@ -139,22 +188,45 @@ struct Groups {
     return add_vectors<A, kVectors / kUnrolled, N>([&](auto k) __attribute__((always_inline)) { return sums[k]; });
   }
 
- private:
+#if defined(__AVX512F__)
+  // Groups of whole vectors, half by half: the first sum of a tree is then a plain one, and the others take half the
+  // time on units of that width (AMD Zen 4, 32 groups of 16 in L1: 168 cycles to 124).
+  template <bool kWhole, int N, class F>
+  __attribute__((always_inline)) Vecs<A, N> sum_halves(int64_t g, const F& f) const {
+    const auto sums_from = [&](int64_t first) __attribute__((always_inline)) {
+      return add_halves<N, kHalfLanes>([&](auto k) __attribute__((always_inline)) {
+        const int64_t j = first + k, i = (g + j) * P;
+        if (!kWhole && g + j >= groups) return Sums<HalfVec, N>{};
+        Sums<HalfVec, N> total = f(HalfVec{}, j, i, int64_t{kHalfLanes});
+        for (int h = 1; h < 2 * kEach; ++h) {
+          const Sums<HalfVec, N> values = f(HalfVec{}, j, i + h * kHalfLanes, int64_t{kHalfLanes});
+          for (int m = 0; m < N; ++m) total.v[m] += values.v[m];
+        }
+        return total;
+      });
+    };
+    const Sums<HalfVec, N> lower = sums_from(0), upper = sums_from(kHalfLanes);
+    Vecs<A, N> all;
+    for (int m = 0; m < N; ++m) all.v[m] = join(lower.v[m], upper.v[m]);
+    return all;
+  }
+#endif
+
   // Vector j of the block, or the vectors of its group j.
-  template <class F>
+  template <bool kWhole, class F>
   __attribute__((always_inline)) void visit(int64_t g, int64_t j, const F& f) const {
-    if constexpr (P > 0) {
+    if constexpr (P > 0 && kEach == 0) {
       const int64_t i = g * P + j * W, n = groups * P - i;
-      if (n >= W) {
-        f(j, i, int64_t{W});
+      if (kWhole || n >= W) {
+        f(i, int64_t{W});
       } else if (n > 0) {
-        f(j, i, n);
+        f(i, n);
       }
-    } else if (g + j < groups) {
-      const int64_t begin = (g + j) * K;
+    } else if (kWhole || g + j < groups) {
+      const int64_t begin = (g + j) * K, size = kEach > 0 ? P : K;
       int64_t m = 0;
-      for (; m + W <= K; m += W) f(j, begin + m, int64_t{W});
-      if (m < K) f(j, begin + m, K - m);
+      for (; m + W <= size; m += W) f(begin + m, int64_t{W});
+      if (m < size) f(begin + m, size - m);
     }
   }
 };
@@ -173,6 +245,7 @@ void visit_group_size(int64_t K, const F& f) {
     if constexpr (W >= 16) {
       if (K == 16) return f(std::integral_constant<int, 16>{});
     }
+    if (K == 2 * W) return f(std::integral_constant<int, 2 * W>{});
   }
   f(std::integral_constant<int, 0>{});
 }

@@ -260,6 +260,28 @@ inline void store(T* p, Vec<stat_t<T>> v, int64_t n) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// Half a vector, of the width of the units of some CPUs (AMD Zen 4).
+typedef float HalfVec __attribute__((vector_size(kVectorBytes / 2)));
+#endif
+
+// The first n elements as a V, which is Vec<stat_t<T>>, or HalfVec where all are there.
+template <class V, class T>
+inline V load_as(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, HalfVec>) {
+    if constexpr (std::is_same_v<T, float>) return reinterpret_cast<V>(_mm256_loadu_ps(p));
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (std::is_same_v<T, f16>) return reinterpret_cast<V>(_mm256_cvtph_ps(bits));
+    return reinterpret_cast<V>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  } else {
+    return load(p, n);
+  }
+#else
+  return load(p, n);
+#endif
+}
+
 // The first n lanes; the others become 0.
 template <class V>
 inline V first_lanes(V v, int64_t n) {
@@ -271,20 +293,45 @@ inline V first_lanes(V v, int64_t n) {
   return index < static_cast<decltype(index[0] + 0)>(n) ? v : V{};
 }
 
-// kLanes<double> values of type A (float or double) as doubles, and back.
+// The lanes of a vector as doubles, and back.
 template <class A>
-inline Vec<double> load_doubles(const A* p) {
-  typedef A Values __attribute__((vector_size(kLanes<double> * sizeof(A))));
-  Values v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Vec<double>);
+using Doubles = Vecs<double, kLanes<A> / kLanes<double>>;
+
+inline Doubles<double> to_doubles(Vec<double> v) { return {{v}}; }
+inline Vec<double> from_doubles(const Doubles<double>& d) { return d.v[0]; }
+
+inline Doubles<float> to_doubles(Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m512 floats = reinterpret_cast<__m512>(v);
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(floats), 1));
+  return {{reinterpret_cast<Vec<double>>(_mm512_cvtps_pd(_mm512_castps512_ps256(floats))),
+           reinterpret_cast<Vec<double>>(_mm512_cvtps_pd(upper))}};
+#elif defined(__AVX2__)
+  const __m256 floats = reinterpret_cast<__m256>(v);
+  return {{reinterpret_cast<Vec<double>>(_mm256_cvtps_pd(_mm256_castps256_ps128(floats))),
+           reinterpret_cast<Vec<double>>(_mm256_cvtps_pd(_mm256_extractf128_ps(floats, 1)))}};
+#else
+  Doubles<float> d;
+  for (int i = 0; i < kLanes<float>; ++i) d.v[i / kLanes<double>][i % kLanes<double>] = v[i];
+  return d;
+#endif
 }
 
-template <class A>
-inline void store_doubles(A* p, Vec<double> v) {
-  typedef A Values __attribute__((vector_size(kLanes<double> * sizeof(A))));
-  const Values values = __builtin_convertvector(v, Values);
-  std::memcpy(p, &values, sizeof values);
+inline Vec<float> from_doubles(const Doubles<float>& d) {
+#if defined(__AVX512F__)
+  const __m256 lower = _mm512_cvtpd_ps(reinterpret_cast<__m512d>(d.v[0]));
+  const __m256 upper = _mm512_cvtpd_ps(reinterpret_cast<__m512d>(d.v[1]));
+  return reinterpret_cast<Vec<float>>(
+      _mm512_insertf64x4(_mm512_castps_pd(_mm512_castps256_ps512(lower)), _mm256_castps_pd(upper), 1));
+#elif defined(__AVX2__)
+  const __m128 lower = _mm256_cvtpd_ps(reinterpret_cast<__m256d>(d.v[0]));
+  const __m128 upper = _mm256_cvtpd_ps(reinterpret_cast<__m256d>(d.v[1]));
+  return reinterpret_cast<Vec<float>>(_mm256_set_m128(upper, lower));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(d.v[i / kLanes<double>][i % kLanes<double>]);
+  return v;
+#endif
 }
 
 // Calls body(i, n) for the vectors of [begin, end): n elements from i on, the constant W but for a partial last one.
