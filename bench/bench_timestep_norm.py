@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import maker, measure
+from harness import maker, measure, sizes, sizes_of_long_gpu
 from torch import Tensor
 
 from megalodon_ops import registry
@@ -29,15 +29,36 @@ def _arguments(dtype: torch.dtype, B: int, L: int, D: int, G: int) -> tuple[Any,
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("D", "G"), [(512, 32), (1024, 32)])
-def test_timestep_norm(benchmark: Any, D: int, G: int, dtype: torch.dtype, backward: bool) -> None:
+@pytest.mark.parametrize("size", sizes((2, 4096, 512), (2, 2048, 1024)), ids=str)
+def test_timestep_norm(
+    benchmark: Any, size: tuple[int, int, int], dtype: torch.dtype, backward: bool
+) -> None:
     measure(
         benchmark,
         OP,
-        _arguments(dtype, 2, 2097152 // D, D, G),
-        _arguments(dtype, 2, 64, D, G),
+        _arguments(dtype, *size, 32),
+        _arguments(dtype, 2, 64, size[2], 32),
         backward=backward,
         peers={"torch": _torch},
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("G", [32, 64, 128])
+@pytest.mark.parametrize(
+    "size", sizes_of_long_gpu((1, 1048576, 1024), (64, 512, 4096), (4, 8192, 8192)), ids=str
+)
+def test_groups(benchmark: Any, size: tuple[int, int, int], G: int, backward: bool) -> None:
+    """One very long row, many short ones, wide ones."""
+    dtype = torch.bfloat16
+    measure(
+        benchmark,
+        OP,
+        _arguments(dtype, *size, G),
+        _arguments(dtype, 2, 64, size[2], G),
+        backward=backward,
+        peers={"torch": _torch},
+        label=f" G={G}",
     )
 
 
@@ -52,18 +73,21 @@ def _unpacked(*args: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("D", "G"), [(512, 32), (1024, 32)])
-def test_packed(benchmark: Any, D: int, G: int, dtype: torch.dtype, backward: bool) -> None:
+@pytest.mark.parametrize("size", sizes((1, 8192, 512), (1, 4096, 1024)), ids=str)
+def test_packed(
+    benchmark: Any, size: tuple[int, int, int], dtype: torch.dtype, backward: bool
+) -> None:
+    B, L, D = size
     make, none = maker(dtype), (None,) * 4
     measure(
         benchmark,
         OP,
         (
-            *_arguments(dtype, 1, 4194304 // D, D, G),
+            *_arguments(dtype, 1, B * L, D, 32),
             *none,
-            make.bounds(*SEGMENTS * (1024 // D)),
+            make.bounds(*SEGMENTS * (B * L // sum(SEGMENTS))),
         ),
-        (*_arguments(dtype, 1, 64, D, G), *none, make.bounds(30, 0, 1, 33)),
+        (*_arguments(dtype, 1, 64, D, 32), *none, make.bounds(30, 0, 1, 33)),
         backward=backward,
         peers={"unpacked": _unpacked},
     )

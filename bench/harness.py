@@ -87,6 +87,11 @@ def sizes(*on_cpu: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
     return gpu.LONG if long_set else gpu.SHORT
 
 
+def sizes_of_long_gpu(*more: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
+    """B, L, D to time on a GPU with --long alone."""
+    return more if device.type != "cpu" and long_set else ()
+
+
 class _OnDevice(Maker):
     """Makes numbers where they are needed: billions of them take minutes on a CPU."""
 
