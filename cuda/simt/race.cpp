@@ -181,14 +181,22 @@ void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes,
   }
   if (bytes < kCellBytes) return;  // the other byte of the cell may rightly be another thread's
   Cell before, after;              // of the cell before this one
+  bool known_before = false;       // whether it had readers
   for (size_t i = 0; i < bytes; i += kCellBytes) {
     Cell& cell = *cell_of(address + i);
-    if (i > 0 && cell == before) {  // of which the same is to be said
+    const bool known = cell.read.warp == kSeveral && readers_of(address + i) != nullptr;
+    if (i > 0 && cell == before && !known && !known_before) {  // of which the same is to be said
       cell = after;
-      if (const Knowledge* const of_first = readers_of(address)) readers[address + i] = Knowledge(*of_first);
+      const Knowledge* const of_before = readers_of(address + i - kCellBytes);
+      if (of_before != nullptr) {
+        readers[address + i] = Knowledge(*of_before);
+      } else if (!readers.empty()) {
+        readers.erase(address + i);
+      }
       continue;
     }
     before = cell;
+    known_before = known;
     const auto* at = static_cast<const char*>(pointer) + i;
     if (shared) {  // what an earlier block left in this arena does not count
       if (cell.write.block != block.number) cell.write.epoch = 0;

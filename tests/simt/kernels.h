@@ -68,7 +68,8 @@ void warpgroup_product(Bug bug, const float* a, const float* b, float* product);
 void chained_products(Bug bug, const float* a, const float* b, float* product);
 // Tiles of 8 x 64 16-bit numbers -> their sum, twice [2][512].
 void tensor_tiles(Bug bug, const uint16_t* x, uint32_t* sums, int tiles);
-// Numbers [turns, 32] -> their sums over the turns, three times [3][32], neighbours swapped.
+// Numbers [2, 32], in packs of four, of which the second time only the last are taken -> sums over the two times
+// [3][32]: of the upper half of each pack, and twice of whole packs.
 void several_readers(Bug bug, const float* x, float* sums, int turns);
 void waits(Bug bug, const float* x, float* y);
 

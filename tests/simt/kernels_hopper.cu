@@ -1,5 +1,6 @@
 // As kernels.cu: what is by Hopper's instructions, warpgroup products, tensor copies and barriers in shared memory.
 #include "core/bulk.cuh"
+#include "core/pack.cuh"
 #include "core/portable.cuh"
 #include "core/wgmma.cuh"
 #include "kernels.h"
@@ -171,7 +172,8 @@ __global__ void tensor_tiles_kernel(GRID_CONSTANT TensorMap map, uint32_t* sums,
 
 template <Bug kBug>
 __global__ void several_readers_kernel(const float* x, float* sums, int turns) {
-  SHARED(float, numbers, [32]);
+  SHARED(uint64_t, packs, [8]);
+  bf16* const numbers = reinterpret_cast<bf16*>(packs);
   SHARED(Barrier, full);
   SHARED(Barrier, free);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
@@ -186,13 +188,24 @@ __global__ void several_readers_kernel(const float* x, float* sums, int turns) {
   for (int i = 0; i < turns; ++i) {
     if (writes) {
       free.wait(1 - i % 2);
-      numbers[lane] = x[i * 32 + lane];
+      if (i % 2 == 0 && lane % 2 == 0) {
+        reinterpret_cast<uint32_t*>(numbers)[lane / 2] = bits_as<uint32_t>(narrow_run<bf16, 2>(x + i * 32 + lane));
+      } else if (i % 2 != 0 && lane % 4 == 3) {  // in other widths than those before
+        numbers[lane] = narrow<bf16>(x[i * 32 + lane]);
+      }
       full.arrive();
     }
     full.wait(i % 2);
     const bool early = kBug == (thread < 32 ? Bug::kEarlyRelease : Bug::kEarlyLastRelease);
     if (early && !writes && lane == 0) free.arrive();
-    sum += numbers[lane ^ 1];
+    const bf16* pack = numbers + lane / 4 * 4;
+    if (thread < 32) {
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(pack + 2);
+      for (const bf16 value : bits_as<Pack<bf16, 2>>(pair).v) sum += widen(value);
+    } else {
+      const uint64_t all = *reinterpret_cast<const uint64_t*>(pack);
+      for (const bf16 value : bits_as<Pack<bf16, 4>>(all).v) sum += widen(value);
+    }
     if (kBug != Bug::kMissingSyncWarp || !writes) sync_warp();  // all lanes have read
     if (!early && !writes && lane == 0) free.arrive();
   }
