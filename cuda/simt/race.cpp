@@ -55,8 +55,8 @@ struct {
   Cell* cells = nullptr;
 } recent[kRecent];
 std::unordered_map<const void*, Knowledge> published;  // by the atomics on this address
-// Of cells that several warps have read, and not by wgmma alone, in blocks whose warps may know of each other by
-// mbarriers: these warps, with their epochs then.
+// Of cells that several warps have read in blocks whose warps may know of each other by mbarriers: these warps, with
+// their epochs then.
 std::unordered_map<uintptr_t, Knowledge> readers;
 
 enum Level : uint64_t { kBlock, kWarp, kThread };
@@ -170,8 +170,7 @@ void add_reader(uintptr_t address, const Access& last, const Access& now) {
   of_cell[key_of(kWarp, now.block, now.warp)] = now.warp_epoch;
 }
 
-void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes, bool atomic, const void* code,
-           bool by_wgmma) {
+void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   const Access now = access_of(thread, atomic, code);
   const Block& block = *thread.block;
@@ -217,7 +216,7 @@ void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes,
       if (joins && last.warp != now.warp) {
         cell.read.warp = kSeveral;
         const bool is_known = last.warp != kSeveral || readers_of(address + i) != nullptr;
-        if (shared && !by_wgmma && is_known && !block.mbarriers.empty()) add_reader(address + i, last, now);
+        if (shared && is_known && !block.mbarriers.empty()) add_reader(address + i, last, now);
       } else if (!joins) {
         readers.erase(address + i);
       }
@@ -226,9 +225,9 @@ void judge(const Thread& thread, const void* pointer, size_t bytes, bool writes,
   }
 }
 
-inline void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code, bool by_wgmma = false) {
+inline void note(const void* pointer, size_t bytes, bool writes, bool atomic, const void* code) {
   const Thread* thread = executor.current;
-  if (thread != nullptr && !is_private(pointer)) judge(*thread, pointer, bytes, writes, atomic, code, by_wgmma);
+  if (thread != nullptr && !is_private(pointer)) judge(*thread, pointer, bytes, writes, atomic, code);
 }
 
 // Random preemption: an access is where real threads would drift apart.
@@ -272,7 +271,7 @@ void race_read(const void* address, size_t bytes) { note(address, bytes, false, 
 void race_write(const void* address, size_t bytes) { note(address, bytes, true, false, __builtin_return_address(0)); }
 
 void race_read_async(const void* address, size_t bytes) {
-  note(address, bytes, false, false, __builtin_return_address(0), true);
+  note(address, bytes, false, false, __builtin_return_address(0));
   const Block& block = *executor.current->block;
   for (size_t i = 0; i < bytes; i += kCellBytes) {
     const Access& write = cell_of(reinterpret_cast<uintptr_t>(address) + i)->write;
@@ -293,12 +292,13 @@ void race_write_bulk(Block& owner, const void* address, size_t bytes, Knowledge&
     const auto* at = static_cast<const char*>(address) + i;
     Cell& cell = *cell_of(reinterpret_cast<uintptr_t>(at));
     if (cell.write.block == owner.number) check(cell.write, "write", now, "tensor copy", at, thread);
-    // Of reads by several warps it is not known what each of them has published.
-    if (cell.read.block == owner.number && cell.read.warp != kSeveral) {
-      check(cell.read, "read", now, "tensor copy", at, thread);
+    // Of reads by several warps of another block it is not known what each of them has published.
+    if (cell.read.block == owner.number && (cell.read.warp != kSeveral || thread.block == &owner)) {
+      check(cell.read, "read", now, "tensor copy", at, thread, readers_of(reinterpret_cast<uintptr_t>(at)));
     }
     cell.write = {owner.epoch, owner.number, 0, number, kBulk, kBulk, false, 0, now.code};
     cell.read.epoch = 0;
+    readers.erase(reinterpret_cast<uintptr_t>(at));
   }
   arrival[key_of(kThread, owner.number, kBulk)] = number + 1;
 }

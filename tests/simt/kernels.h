@@ -71,6 +71,8 @@ void tensor_tiles(Bug bug, const uint16_t* x, uint32_t* sums, int tiles);
 // Numbers [2, 32], in packs of four, of which the second time only the last are taken -> sums over the two times
 // [3][32]: of the upper half of each pack, and twice of whole packs.
 void several_readers(Bug bug, const float* x, float* sums, int turns);
+// a [64, 64] and b [64, 64], bf16 -> a b^T [64, 64] and the sums of the first 32 rows of b, twice [2][32].
+void mixed_readers(Bug bug, const float* a, const float* b, float* product, float* sums);
 void waits(Bug bug, const float* x, float* y);
 
 }  // namespace megalodon::cuda

@@ -212,6 +212,63 @@ __global__ void several_readers_kernel(const float* x, float* sums, int turns) {
   sums[thread] = sum;
 }
 
+// ---- the operand of a warpgroup product is read by two more warps, and then written by another one -----------------
+
+template <Bug kBug>
+__global__ void mixed_readers_kernel(const float* a, const float* b, float* product, float* sums) {
+  constexpr int kDepths = 64, kAll = 2 * kThreads;
+  struct alignas(1024) Slab {
+    bf16 v[64 * kDepths];
+  };
+  DYNAMIC_SHARED(Slab, slabs);
+  SHARED(Barrier, free);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  for (int i = thread; i < 64 * kDepths; i += kAll) {
+    const int row = i / kDepths, d = i % kDepths, at = row * kDepths + (d / 8 ^ row % 8) * 8 + d % 8;
+    slabs[0].v[at] = narrow<bf16>(a[i]);
+    slabs[1].v[at] = narrow<bf16>(b[i]);
+  }
+  if (thread == 0) {
+    free.init(6);
+    fence_barrier_init();
+  }
+  fence_async_proxy();
+  sync_block();  // the slabs and the barrier are there
+  const auto release = [&] {
+    sync_warp();
+    if (lane == 0) free.arrive();
+  };
+  if (warp == 6) {
+    free.wait(0);
+    for (int i = lane; i < 64 * kDepths; i += 32) slabs[1].v[i] = narrow<bf16>(0.0f);
+  } else if (warp == 4 || warp == 5) {
+    float sum = 0;
+    for (int i = 0; i < kDepths; ++i) sum += widen(slabs[1].v[lane * kDepths + i]);
+    sums[thread - kThreads] = sum;
+    release();
+  } else if (warp < 4) {
+    float sum[2][16];
+    uint64_t of_a = matrix_descriptor(slabs[0].v, 0, 1024), of_b = matrix_descriptor(slabs[1].v, 0, 1024);
+    if (kBug == Bug::kEarlyRelease) release();
+    wgmma_fence();
+    for (int i = 0; i < kDepths / 16; ++i, of_a += 2, of_b += 2) {
+      if (i == 0) {
+        wgmma<bf16, 0, 0, false>(sum, of_a, of_b);
+      } else {
+        wgmma<bf16, 0, 0>(sum, of_a, of_b);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (kBug != Bug::kEarlyRelease) release();
+    for (int r = 0; r < 2; ++r) {
+      for (int c = 0; c < 16; ++c) {
+        product[(warp * 16 + r * 8 + lane / 4) * 64 + c / 2 * 8 + lane % 4 * 2 + c % 2] = sum[r][c];
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void warpgroup_product(Bug bug, const float* a, const float* b, float* product) {
@@ -244,6 +301,13 @@ void tensor_tiles(Bug bug, const uint16_t* x, uint32_t* sums, int tiles) {
 void several_readers(Bug bug, const float* x, float* sums, int turns) {
   with_bug<Bug::kNone, Bug::kEarlyRelease, Bug::kEarlyLastRelease, Bug::kMissingSyncWarp>(bug, [&](auto kBug) {
     launch({"several_readers", dim3(1), dim3(96)}, several_readers_kernel<kBug()>, x, sums, turns);
+  });
+}
+
+void mixed_readers(Bug bug, const float* a, const float* b, float* product, float* sums) {
+  with_bug<Bug::kNone, Bug::kEarlyRelease>(bug, [&](auto kBug) {
+    launch({"mixed_readers", dim3(1), dim3(2 * kThreads), 2 * 64 * 64 * 2}, mixed_readers_kernel<kBug()>, a, b, product,
+           sums);
   });
 }
 

@@ -184,6 +184,24 @@ bool several_readers(Bug bug) {
   return right;
 }
 
+bool mixed_readers(Bug bug) {
+  const std::vector<float> a = numbers(64 * 64), b = numbers(64 * 64);
+  std::vector<float> product(64 * 64, kNan), sums(64, kNan);
+  megalodon::cuda::mixed_readers(bug, a.data(), b.data(), product.data(), sums.data());
+  bool right = true;
+  for (int i = 0; i < 64 * 64; ++i) {
+    float sum = 0;
+    for (int d = 0; d < 64; ++d) sum += a[i / 64 * 64 + d] * b[i % 64 * 64 + d];
+    right &= product[i] == sum;
+  }
+  for (int i = 0; i < 64; ++i) {
+    float sum = 0;
+    for (int d = 0; d < 64; ++d) sum += b[i % 32 * 64 + d];
+    right &= sums[i] == sum;
+  }
+  return right;
+}
+
 const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", row_sum},
                                                                   {"scan", scan},
                                                                   {"pipeline", pipeline},
@@ -195,7 +213,8 @@ const std::map<std::string, std::function<bool(Bug)>> kKernels = {{"row_sum", ro
                                                                   {"warpgroup_product", warpgroup_product},
                                                                   {"chained_products", chained_products},
                                                                   {"tensor_tiles", tensor_tiles},
-                                                                  {"several_readers", several_readers}};
+                                                                  {"several_readers", several_readers},
+                                                                  {"mixed_readers", mixed_readers}};
 
 const std::map<std::string, Bug> kBugs = {{"none", Bug::kNone},
                                           {"missing_mask", Bug::kMissingMask},

@@ -80,6 +80,7 @@ SEEDED = {
     ("several_readers", "early_release"): ("", "", "RACE: write of shared memory"),
     ("several_readers", "early_last_release"): ("", "", "RACE: write of shared memory"),
     ("several_readers", "missing_sync_warp"): ("", "", "RACE: write of shared memory"),
+    ("mixed_readers", "early_release"): ("", "", "RACE: write of shared memory"),
     ("waits", "deadlock"): ("DEADLOCK",) * 3,
     ("waits", "wrong_mask"): ("the calling lane 16 is not in the mask 0000ffff",) * 3,
 }
@@ -95,6 +96,7 @@ KERNELS = (
     "chained_products",
     "tensor_tiles",
     "several_readers",
+    "mixed_readers",
     "waits",
 )
 
