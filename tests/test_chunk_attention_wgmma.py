@@ -84,7 +84,9 @@ def test_any_order_of_warps(
 
 @pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("mode", ["key", "weight"])
-@pytest.mark.parametrize(("starts", "E"), [(None, 264), (None, 136), ([0, 77, 500], 136)])
+@pytest.mark.parametrize(
+    ("starts", "E"), [(None, 264), (None, 136), ([0, 77, 500], 136), ([0, 77, 500], 72)]
+)
 def test_packed_rows_with_caches_and_dropout(
     starts: list[int] | None, E: int, mode: str, sliding: bool
 ) -> None:
