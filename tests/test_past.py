@@ -75,3 +75,28 @@ def test_qk_norm_rope(isa: str, dtype: torch.dtype) -> None:
         z,
         rstd,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("D", "G"), [(512, 32), (512, 128), (1024, 32), (512, 8), (480, 20), (500, 20)]
+)
+def test_timestep_norm(isa: str, D: int, G: int, dtype: torch.dtype) -> None:
+    """Rows of 19 steps, of which some are padded."""
+    make, L = Maker(dtype), 19
+    B = BYTES // (L * D * dtype.itemsize) + 3
+    x, dy = make.activation(B, L, D), make.activation(B, L, D)
+    weight, bias, mask = make.stat(D), make.stat(D), torch.rand(B, L) < 0.1
+
+    def forward(x: Tensor, mask: Tensor) -> Sequence[Tensor]:
+        y: Sequence[Tensor] = OPS.timestep_norm(x, weight, bias, G, 1e-5, None, None, None, mask)
+        return y
+
+    def backward(dy: Tensor, x: Tensor, mask: Tensor, *statistics: Tensor) -> Sequence[Tensor]:
+        no_state = None, None, None
+        arguments = dy, None, None, x, weight, *no_state, mask, None, *statistics, G, 1e-5
+        dx: Sequence[Tensor] = OPS.timestep_norm_backward(*arguments)[:1]
+        return dx
+
+    check(forward, x, mask)
+    check(backward, dy, x, mask, *forward(x, mask)[4:])
