@@ -292,9 +292,9 @@ void race_write_bulk(Block& owner, const void* address, size_t bytes, Knowledge&
     const auto* at = static_cast<const char*>(address) + i;
     Cell& cell = *cell_of(reinterpret_cast<uintptr_t>(at));
     if (cell.write.block == owner.number) check(cell.write, "write", now, "tensor copy", at, thread);
-    // Of reads by several warps of another block it is not known what each of them has published.
-    if (cell.read.block == owner.number && (cell.read.warp != kSeveral || thread.block == &owner)) {
-      check(cell.read, "read", now, "tensor copy", at, thread, readers_of(reinterpret_cast<uintptr_t>(at)));
+    // Of reads by several warps it is not known what each of them has published.
+    if (cell.read.block == owner.number && cell.read.warp != kSeveral) {
+      check(cell.read, "read", now, "tensor copy", at, thread);
     }
     cell.write = {owner.epoch, owner.number, 0, number, kBulk, kBulk, false, 0, now.code};
     cell.read.epoch = 0;
