@@ -6,9 +6,9 @@
 //           heads; a vector of pairs is worked on as two vectors of interleaved components. Heads are rows, short ones
 //           several together (core/rows.h). Outputs larger than the caches go past them (core/past.h).
 // Traffic   forward 3, backward 4 elements moved per element of z, about 20 and 40 FLOPs: memory-bound.
-// Numerics  angles in double: exact at every kExactEvery-th token, between them one complex multiplication per token,
-//           whose error stays below 1e-14 (in float, 1e-5, where z has 16 bits). dgamma, dbeta: a partial sum per
-//           part, added in order.
+// Numerics  angles in double: exact at every kExactEvery-th token, between them one complex multiplication per kTurn
+//           tokens, whose error stays below 1e-14 (in float, 1e-5, where z has 16 bits), and one in the type of the
+//           sums for each token. dgamma, dbeta: a partial sum per part, added in order.
 // Limits    S must be even; any B, L, H, chunk_size, position and lengths of segments.
 #include "ops/qk_norm_rope.h"
 
@@ -22,29 +22,14 @@
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t kExactEvery = 64;
+constexpr int64_t kTurn = QkNormRope::kTurn;
+constexpr int64_t kExactEvery = 64 * kTurn;  // tokens
 
 // The bytes of rows that are worked on together: a few, lest reads and writes no longer go in turns (AMD Zen 4,
 // November 2026: more are slower where memory binds).
 template <class T>
 constexpr int64_t kBytesForward = sizeof(T) == 2 ? 4096 : 2048;
 constexpr int64_t kBytesBackward = 2048;
-
-// The tables that all parts share: the angle of each pair per position, and its cosine and sine.
-void make_steps(const QkNormRope& args, double* table) {
-  constexpr int64_t W = kLanes<double>;
-  const double rate = -2.0 / static_cast<double>(args.S) * std::log(args.rope_base);
-  for (int64_t j = 0; j < args.pairs; j += W) {
-    Vec<double> pair;
-    for (int64_t i = 0; i < W; ++i) pair[i] = static_cast<double>(j + i);
-    const Vec<double> angle = exp(pair * rate);
-    Vec<double> sine, cosine;
-    sin_cos(angle, sine, cosine);
-    store(table + j, angle);
-    store(table + args.pairs + j, cosine);
-    store(table + 2 * args.pairs + j, sine);
-  }
-}
 
 template <class A>
 inline void store_rounded(A* p, Vec<double> v) {
@@ -53,31 +38,77 @@ inline void store_rounded(A* p, Vec<double> v) {
   std::memcpy(p, &rounded, sizeof rounded);
 }
 
-// The cosines and sines of one token after another, for activations of type T. Between exact ones they are turned by a
-// step at a time: in double, or for results of 16 bits in float, where 64 steps add up to less than 1e-5.
+// What all parts share, in the workspace: the angle of each pair per position, the cosine and sine of kTurn times it,
+// and, as A, those of k times it, 1 <= k <= kTurn, which follow one another in pairs of rows.
+template <class A>
+class Steps {
+ public:
+  explicit Steps(const QkNormRope& args) : pairs_(args.pairs), table_(static_cast<double*>(args.workspace)) {
+    constexpr int64_t W = kLanes<double>;
+    const double rate = -2.0 / static_cast<double>(args.S) * std::log(args.rope_base);
+    const int64_t most = std::min(args.sequences.tokens(), kTurn);  // others are not asked for
+    for (int64_t j = 0; j < pairs_; j += W) {
+      Vec<double> pair;
+      for (int64_t i = 0; i < W; ++i) pair[i] = static_cast<double>(j + i);
+      const Vec<double> angle = exp(pair * rate);
+      Vec<double> sine, cosine;
+      sin_cos(angle, sine, cosine);
+      store(table_ + j, angle);
+      Vec<double> c = cosine, s = sine;
+      for (int64_t k = 1; k <= most; ++k) {
+        if (k > 1) {
+          const Vec<double> before = c;
+          c = before * cosine - s * sine;
+          s = s * cosine + before * sine;
+        }
+        store_rounded(row(k) + j, c);
+        store_rounded(row(k) + pairs_ + j, s);
+      }
+      store(table_ + pairs_ + j, c);
+      store(table_ + 2 * pairs_ + j, s);
+    }
+  }
+
+  const double* angle() const { return table_; }
+  const double* turn() const { return table_ + pairs_; }
+  const A* step(int64_t k) const { return row(k); }
+
+ private:
+  A* row(int64_t k) const { return reinterpret_cast<A*>(table_ + 3 * pairs_) + 2 * (k - 1) * pairs_; }
+
+  int64_t pairs_;
+  double* table_;
+};
+
+// The products of the complex numbers `a` and `b`, each [2, pairs]: real parts, then imaginary ones. `out` may be one.
+template <class R>
+inline void multiply_rows(const R* a, const R* b, int64_t pairs, R* out) {
+  for (int64_t j = 0; j < pairs; j += kLanes<R>) {
+    const Vec<R> c0 = load(a + j), s0 = load(a + pairs + j);
+    const Vec<R> c1 = load(b + j), s1 = load(b + pairs + j);
+    store(out + j, c0 * c1 - s0 * s1);
+    store(out + pairs + j, s0 * c1 + c0 * s1);
+  }
+}
+
+// The cosines and sines of one token after another, for activations of type T. Those of the first of kTurn tokens are
+// turned by all kTurn at once from those of the first before: in double, or for results of 16 bits in float, where 64
+// turns add up to less than 1e-5. Those of the tokens between are one product away from the first.
 template <class T>
 class Rotation {
   using A = stat_t<T>;
   static constexpr bool kInFloat = sizeof(T) == 2;
 
  public:
-  Rotation(const QkNormRope& args, const double* table, double* scratch)
+  Rotation(const QkNormRope& args, const Steps<A>& steps, int64_t part)
       : args_(args),
-        table_(table),
-        cosine_(scratch),
-        sine_(scratch + args.pairs),
-        cosines_(reinterpret_cast<A*>(scratch + 2 * args.pairs)),
-        sines_(reinterpret_cast<A*>(scratch + 3 * args.pairs)) {
-    if constexpr (kInFloat) {  // they fill half of their room: behind them, those of the step
-      for (int64_t j = 0; j < args.pairs; j += kLanes<double>) {
-        store_rounded(cosines_ + args.pairs + j, load(table + args.pairs + j));
-        store_rounded(sines_ + args.pairs + j, load(table + 2 * args.pairs + j));
-      }
-    }
-  }
+        steps_(steps),
+        exact_(args.scratch(part)),
+        first_(reinterpret_cast<A*>(exact_ + 2 * args.pairs)),
+        other_(reinterpret_cast<A*>(exact_ + 4 * args.pairs)) {}
 
-  const A* cosines() const { return cosines_; }
-  const A* sines() const { return sines_; }
+  const A* cosines() const { return now_; }
+  const A* sines() const { return now_ + args_.pairs; }
 
   // To the token, which follows the one before.
   void move_to(int64_t token) {
@@ -87,53 +118,46 @@ class Rotation {
     } else if (++place_ == args_.C) {
       place_ = 0;
     }
-    if (enters || place_ == 0 || since_ == 0) {
-      since_ = kExactEvery;
+    const int64_t pairs = args_.pairs;
+    if (enters || place_ == 0 || ++since_ == kExactEvery) {
+      since_ = 0;
       compute();
+      round();
+    } else if (since_ % kTurn != 0) {
+      multiply_rows(first_, steps_.step(since_ % kTurn), pairs, other_);
+      now_ = other_;
+      return;
     } else if constexpr (kInFloat) {
-      step(cosines_, sines_, cosines_ + args_.pairs, sines_ + args_.pairs);
+      multiply_rows(first_, steps_.step(kTurn), pairs, first_);
     } else {
-      step(cosine_, sine_, table_ + args_.pairs, table_ + 2 * args_.pairs);
-      for (int64_t j = 0; j < args_.pairs; j += kLanes<double>) {
-        store_rounded(cosines_ + j, load(cosine_ + j));
-        store_rounded(sines_ + j, load(sine_ + j));
-      }
+      multiply_rows(exact_, steps_.turn(), pairs, exact_);
+      round();
     }
-    --since_;
+    now_ = first_;
   }
 
  private:
   void compute() {
     for (int64_t j = 0; j < args_.pairs; j += kLanes<double>) {
       Vec<double> c = splat(1.0), s = {};  // the angle is 0 where segments start, which may be short ones
-      if (place_ != 0) sin_cos(load(table_ + j) * static_cast<double>(place_), s, c);
-      if constexpr (!kInFloat) {
-        store(cosine_ + j, c);
-        store(sine_ + j, s);
-      }
-      store_rounded(cosines_ + j, c);
-      store_rounded(sines_ + j, s);
+      if (place_ != 0) sin_cos(load(steps_.angle() + j) * static_cast<double>(place_), s, c);
+      store(exact_ + j, c);
+      store(exact_ + args_.pairs + j, s);
     }
   }
 
-  template <class R>
-  void step(R* cosine, R* sine, const R* step_cosine, const R* step_sine) const {
-    const int64_t pairs = args_.pairs;
-    for (int64_t j = 0; j < pairs; j += kLanes<R>) {
-      const Vec<R> c0 = load(cosine + j), s0 = load(sine + j);
-      const Vec<R> c1 = load(step_cosine + j), s1 = load(step_sine + j);
-      store(cosine + j, c0 * c1 - s0 * s1);
-      store(sine + j, s0 * c1 + c0 * s1);
-    }
+  void round() {
+    for (int64_t j = 0; j < 2 * args_.pairs; j += kLanes<double>) store_rounded(first_ + j, load(exact_ + j));
   }
 
   const QkNormRope& args_;
-  const double* table_;
-  double *cosine_, *sine_;
-  A *cosines_, *sines_;
+  const Steps<A>& steps_;
+  double* exact_;  // [2, pairs], as the others
+  A *first_, *other_;
+  const A* now_ = nullptr;
   QkNormRopePlaces places_;
   int64_t place_ = 0;
-  int64_t since_ = 0;  // tokens until the next exact one
+  int64_t since_ = 0;  // tokens since those that were computed
 };
 
 template <class A, int... lane>
@@ -215,8 +239,7 @@ template <class T>
 void forward(const QkNormRopeForward& args) {
   using A = stat_t<T>;
   const int64_t S = args.S;
-  auto* table = static_cast<double*>(args.workspace);
-  make_steps(args, table);
+  const Steps<A> steps(args);
   const A norm = A(1) / std::sqrt(static_cast<A>(S));
   const int64_t count = 2 * args.sequences.tokens() * args.H * S;
   const bool past =
@@ -224,7 +247,7 @@ void forward(const QkNormRopeForward& args) {
 
   parallel_for(args.parts.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
+      Rotation<T> rotation(args, steps, part);
       int64_t token = args.parts.begin(part), h = 0;
       const int64_t first = token * args.H, last = args.parts.end(part) * args.H;
       for_rows<A>(first, last, S * sizeof(T), kBytesForward<T>,
@@ -309,16 +332,15 @@ void backward(const QkNormRopeBackward& args) {
   using A = stat_t<T>;
   const int64_t S = args.S, D = args.H * S, parts = args.parts.parts;
   const A norm = A(1) / std::sqrt(static_cast<A>(S));
-  auto* table = static_cast<double*>(args.workspace);
-  auto* partial = reinterpret_cast<A*>(table + (3 + 4 * parts) * args.pairs);
+  auto* partial = reinterpret_cast<A*>(args.scratch(parts));
   A* dzn = partial + parts * 4 * D;
   static_assert(kRowsTogether<A> <= QkNormRopeBackward::kMostRows);
   const bool past = leaves_caches(args.sequences.tokens() * D, S, static_cast<T*>(args.dz));
-  make_steps(args, table);
+  const Steps<A> steps(args);
 
   parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      Rotation<T> rotation(args, table, table + (3 + 4 * part) * args.pairs);
+      Rotation<T> rotation(args, steps, part);
       A* sums = partial + part * 4 * D;
       std::memset(sums, 0, 4 * D * sizeof(A));
       A* dzns = dzn + part * kRowsTogether<A> * 2 * args.pairs;

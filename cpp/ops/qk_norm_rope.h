@@ -27,8 +27,11 @@ struct QkNormRope {
   Sequences sequences;
   int64_t H, S, C;
   double rope_base;
-  Parts parts;    // of the tokens
-  int64_t pairs;  // S / 2, rounded up to whole vectors
+  void* workspace;  // on the CPU double: what turns tokens, [3 + 2 kTurn, pairs], then of each part [6, pairs]
+  Parts parts;      // of the tokens
+  int64_t pairs;    // S / 2, rounded up to whole vectors
+
+  static constexpr int64_t kTurn = 8;  // tokens whose angles the CPU makes from those of the first
 
   // By the sizes. On the GPU a part of backward is what the blocks of the H heads work on: enough of them to fill it.
   void divide(bool on_cuda = false) {
@@ -36,6 +39,10 @@ struct QkNormRope {
         on_cuda ? Parts::of(sequences.tokens(), 16, std::max<int64_t>(1, 1024 / H)) : Parts::of(sequences.tokens(), 64);
     pairs = round_up(S / 2, 16);
   }
+
+  // In the workspace: the rows of `pairs` doubles before those of a part; parts.parts for all there are.
+  static int64_t rows_before(int64_t part) { return 3 + 2 * kTurn + 6 * part; }
+  double* scratch(int64_t part) const { return static_cast<double*>(workspace) + rows_before(part) * pairs; }
 };
 
 // Of a token its sequence, and its place in the chunk; for tokens that are asked for in ascending order.
@@ -59,13 +66,12 @@ struct QkNormRopePlaces {
 };
 
 struct QkNormRopeForward : QkNormRope {
-  void* q;          // [tokens, H, S]
-  void* k;          // [tokens, H, S]
-  void* rstd;       // [tokens, H] stat
-  void* workspace;  // double: angles and steps [3, pairs], then [parts, 4, pairs]; empty on the GPU
+  void* q;     // [tokens, H, S]
+  void* k;     // [tokens, H, S]
+  void* rstd;  // [tokens, H] stat
   double eps;
 
-  int64_t workspace_bytes(bool on_cuda) const { return on_cuda ? 0 : (3 + 4 * parts.parts) * pairs * 8; }
+  int64_t workspace_bytes(bool on_cuda) const { return on_cuda ? 0 : rows_before(parts.parts) * pairs * 8; }
 };
 
 struct QkNormRopeBackward : QkNormRope {
@@ -77,8 +83,8 @@ struct QkNormRopeBackward : QkNormRope {
   void* dz;          // [tokens, H, S]
   void* dgamma;      // [2, H, S] stat
   void* dbeta;       // [2, H, S] stat
-  void* workspace;   // as forward's, then stat: [parts, 4, H, S] sums of dgamma and dbeta, and dzn of a part's rows,
-                     // [parts, kMostRows, 2 pairs]; on the GPU stat: [parts, 2, H, S] sums of dgamma, then of dbeta
+  // The workspace goes on with stat: [parts, 4, H, S] sums of dgamma and dbeta, and dzn of a part's rows, [parts,
+  // kMostRows, 2 pairs]. On the GPU it is stat: [parts, 2, H, S] sums of dgamma, then of dbeta.
 };
 
 static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in, const DLTensor* gamma_in,
@@ -147,7 +153,7 @@ static inline QkNormRopeBackward check_qk_norm_rope_backward(Checker& c, const D
   args.dbeta = out.next(c, "dbeta", stat, {2, args.H * args.S});
   const int64_t sums = args.parts.parts * 4 * args.H * args.S * size_of(stat);
   const int64_t dzn = args.parts.parts * QkNormRopeBackward::kMostRows * 2 * args.pairs * size_of(stat);
-  const int64_t rows = (3 + 4 * args.parts.parts) * args.pairs * 8 + dzn;
+  const int64_t rows = args.rows_before(args.parts.parts) * args.pairs * 8 + dzn;
   args.workspace = out.workspace(c, c.on_cuda() ? sums : sums + rows);
   return args;
 }
