@@ -3,8 +3,9 @@
 // Computes  queries and keys from the shared z, and the gradients (ops/qk_norm_rope.h); arXiv 2404.08801.
 // Layout    z, q, k (tokens, H, S); gamma, beta (2, H, S); rstd (tokens, H); a token is of a row or a packed segment.
 // Mapping   fixed parts of the tokens are split over the threads. Cosines and sines of a token are made once for all
-//           heads; a vector of pairs is worked on as two vectors of interleaved components. Heads are rows, short ones
-//           several together (core/rows.h). Outputs larger than the caches go past them (core/past.h).
+//           heads; a vector of pairs is worked on as two vectors of interleaved components. Forward takes the sums of
+//           heads ahead, backward works on several short ones together (core/rows.h). Outputs larger than the caches go
+//           past them (core/past.h).
 // Traffic   forward 3, backward 4 elements moved per element of z, about 20 and 40 FLOPs: memory-bound.
 // Numerics  angles in double: exact at every kExactEvery-th token, between them one complex multiplication per kTurn
 //           tokens, whose error stays below 1e-14 (in float, 1e-5, where z has 16 bits), and one in the type of the
@@ -25,10 +26,8 @@ namespace {
 constexpr int64_t kTurn = QkNormRope::kTurn;
 constexpr int64_t kExactEvery = 64 * kTurn;  // tokens
 
-// The bytes of rows that are worked on together: a few, lest reads and writes no longer go in turns (AMD Zen 4,
+// The bytes of heads that backward works on together: a few, lest reads and writes no longer go in turns (AMD Zen 4,
 // November 2026: more are slower where memory binds).
-template <class T>
-constexpr int64_t kBytesForward = sizeof(T) == 2 ? 4096 : 2048;
 constexpr int64_t kBytesBackward = 2048;
 
 template <class A>
@@ -203,10 +202,30 @@ __attribute__((always_inline)) inline void for_rest(int64_t i, int64_t S, const 
   if (i + W < S) body(i + W, S - i - W, turn, 1);
 }
 
+// The sum of squares of a head of S components, lane by lane, two vectors at a time.
+template <class A>
+struct Squares {
+  Vec<A> sums[2] = {};
+
+  void add(const Pair<A>& u) {
+    for (int m = 0; m < 2; ++m) sums[m] += u.v[m] * u.v[m];
+  }
+  template <class T>
+  void add_rest(const T* z, int64_t i, int64_t S) {
+    for (; i < S; i += kLanes<A>) {
+      const Vec<A> u = load(z + i, S - i);
+      sums[0] += u * u;
+    }
+  }
+  Vec<A> sum() const { return sums[0] + sums[1]; }
+};
+
 // One token and head of forward: q and k of z, whose normalised components are z * scale; past the caches, if so.
+// Gives the sum of squares of the head `ahead`.
 template <class T, class A>
-__attribute__((always_inline)) inline void forward_head(const QkNormRopeForward& args, int64_t at, int64_t h,
-                                                        const Rotation<T>& rotation, A scale, bool past) {
+__attribute__((always_inline)) inline Vec<A> forward_head(const QkNormRopeForward& args, int64_t at, int64_t h,
+                                                          const Rotation<T>& rotation, A scale, bool past,
+                                                          const T* ahead) {
   constexpr int64_t W = kLanes<A>;
   const int64_t S = args.S, D = args.H * S;
   const T* z = static_cast<const T*>(args.z) + at;
@@ -214,6 +233,7 @@ __attribute__((always_inline)) inline void forward_head(const QkNormRopeForward&
   T* k = static_cast<T*>(args.k) + at;
   const A *gq = static_cast<const A*>(args.gamma) + h * S, *gk = gq + D;
   const A *bq = static_cast<const A*>(args.beta) + h * S, *bk = bq + D;
+  Squares<A> squares;
   int64_t i = 0;
   for (; i + 2 * W <= S; i += 2 * W) {
     const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
@@ -227,12 +247,49 @@ __attribute__((always_inline)) inline void forward_head(const QkNormRopeForward&
     }
     put_pair(q + i, uq, past);
     put_pair(k + i, uk, past);
+    squares.add(load_pair(ahead + i));
   }
+  squares.add_rest(ahead, i, S);
   for_rest<T>(i, S, rotation, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
     const Vec<A> zn = load(z + j, n) * scale;
     store(q + j, turn.forth(half, zn * load(gq + j, n) + (zn + load(bq + j, n))), n);
     store(k + j, turn.forth(half, zn * load(gk + j, n) + (zn + load(bk + j, n))), n);
   });
+  return squares.sum();
+}
+
+// The heads of a part. While the outputs of one are made, the squares of the second next are summed, and the root and
+// the division of the next are taken.
+template <class T, class A>
+void forward_part(const QkNormRopeForward& args, int64_t part, A norm, bool past, Rotation<T>& rotation) {
+  const int64_t S = args.S;
+  int64_t token = args.parts.begin(part), h = 0;
+  const int64_t first = token * args.H, last = args.parts.end(part) * args.H;
+  if (first == last) return;
+  const auto head = [&](int64_t r) {  // beyond the last, which is not asked for, the last
+    return static_cast<const T*>(args.z) + std::min(r, last - 1) * S;
+  };
+  const auto sum = [&](int64_t r) {
+    Squares<A> squares;
+    int64_t i = 0;
+    for (; i + 2 * kLanes<A> <= S; i += 2 * kLanes<A>) squares.add(load_pair(head(r) + i));
+    squares.add_rest(head(r), i, S);
+    return squares.sum();
+  };
+  const auto scale_of = [&](int64_t r, Vec<A> squares) {
+    const A rstd = A(1) / std::sqrt(sum_lanes<A>(squares) / static_cast<A>(S) + static_cast<A>(args.eps));
+    if (r < last) static_cast<A*>(args.rstd)[r] = rstd;
+    return rstd * norm;
+  };
+  A scale = scale_of(first, sum(first));
+  Vec<A> squares = sum(first + 1);
+  for (int64_t r = first; r < last; ++r) {
+    if (h == 0) rotation.move_to(token);
+    const A next = scale_of(r + 1, squares);
+    squares = forward_head<T, A>(args, r * S, h, rotation, scale, past, head(r + 2));
+    if (++h == args.H) h = 0, ++token;
+    scale = next;
+  }
 }
 
 template <class T>
@@ -248,22 +305,7 @@ void forward(const QkNormRopeForward& args) {
   parallel_for(args.parts.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       Rotation<T> rotation(args, steps, part);
-      int64_t token = args.parts.begin(part), h = 0;
-      const int64_t first = token * args.H, last = args.parts.end(part) * args.H;
-      for_rows<A>(first, last, S * sizeof(T), kBytesForward<T>,
-                  [&](int64_t r, auto rows) __attribute__((always_inline)) {
-                    const T* z = static_cast<const T*>(args.z) + r * S;
-                    const Vecs<A, 1> sums = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
-                      return sum_row(z + k * S, S, [](Vec<A> v, int64_t) { return v * v; });
-                    });
-                    A* rstd = static_cast<A*>(args.rstd) + r;
-                    store(rstd, A(1) / sqrt(sums.v[0] / static_cast<A>(S) + static_cast<A>(args.eps)), rows);
-                    for (int64_t k = 0; k < rows; ++k) {
-                      if (h == 0) rotation.move_to(token);
-                      forward_head<T, A>(args, (r + k) * S, h, rotation, rstd[k] * norm, past);
-                      if (++h == args.H) h = 0, ++token;
-                    }
-                  });
+      forward_part<T, A>(args, part, norm, past, rotation);
     }
     if (past) finish_puts();
   });
