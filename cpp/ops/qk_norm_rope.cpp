@@ -3,9 +3,9 @@
 // Computes  queries and keys from the shared z, and the gradients (ops/qk_norm_rope.h); arXiv 2404.08801.
 // Layout    z, q, k (tokens, H, S); gamma, beta (2, H, S); rstd (tokens, H); a token is of a row or a packed segment.
 // Mapping   fixed parts of the tokens are split over the threads. Cosines and sines of a token are made once for all
-//           heads; a vector of pairs is worked on as two vectors of interleaved components. Forward takes the sums of
-//           heads ahead, backward works on several short ones together (core/rows.h). Outputs larger than the caches go
-//           past them (core/past.h).
+//           heads (qk_norm_rope_rotation.h); a vector of pairs is worked on as two vectors of interleaved components.
+//           Forward takes the sums of heads ahead, backward works on several short ones together (core/rows.h). Outputs
+//           larger than the caches go past them (core/past.h).
 // Traffic   forward 3, backward 4 elements moved per element of z, about 20 and 40 FLOPs: memory-bound.
 // Numerics  angles in double: exact at every kExactEvery-th token, between them one complex multiplication per kTurn
 //           tokens, whose error stays below 1e-14 (in float, 1e-5, where z has 16 bits), and one in the type of the
@@ -15,194 +15,19 @@
 
 #include <cmath>
 
-#include "core/elementary.h"
 #include "core/past.h"
 #include "core/rows.h"
-#include "core/trig.h"
+#include "ops/qk_norm_rope_rotation.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
-
-constexpr int64_t kTurn = QkNormRope::kTurn;
-constexpr int64_t kExactEvery = 64 * kTurn;  // tokens
 
 // The bytes of heads that backward works on together: a few, lest reads and writes no longer go in turns (AMD Zen 4,
 // November 2026: more are slower where memory binds).
 constexpr int64_t kBytesBackward = 2048;
 
-template <class A>
-inline void store_rounded(A* p, Vec<double> v) {
-  typedef A Rounded __attribute__((vector_size(kLanes<double> * sizeof(A))));
-  const Rounded rounded = __builtin_convertvector(v, Rounded);
-  std::memcpy(p, &rounded, sizeof rounded);
-}
-
-// What all parts share, in the workspace: the angle of each pair per position, the cosine and sine of kTurn times it,
-// and, as A, those of k times it, 1 <= k <= kTurn, which follow one another in pairs of rows.
-template <class A>
-class Steps {
- public:
-  explicit Steps(const QkNormRope& args) : pairs_(args.pairs), table_(static_cast<double*>(args.workspace)) {
-    constexpr int64_t W = kLanes<double>;
-    const double rate = -2.0 / static_cast<double>(args.S) * std::log(args.rope_base);
-    const int64_t most = std::min(args.sequences.tokens(), kTurn);  // others are not asked for
-    for (int64_t j = 0; j < pairs_; j += W) {
-      Vec<double> pair;
-      for (int64_t i = 0; i < W; ++i) pair[i] = static_cast<double>(j + i);
-      const Vec<double> angle = exp(pair * rate);
-      Vec<double> sine, cosine;
-      sin_cos(angle, sine, cosine);
-      store(table_ + j, angle);
-      Vec<double> c = cosine, s = sine;
-      for (int64_t k = 1; k <= most; ++k) {
-        if (k > 1) {
-          const Vec<double> before = c;
-          c = before * cosine - s * sine;
-          s = s * cosine + before * sine;
-        }
-        store_rounded(row(k) + j, c);
-        store_rounded(row(k) + pairs_ + j, s);
-      }
-      store(table_ + pairs_ + j, c);
-      store(table_ + 2 * pairs_ + j, s);
-    }
-  }
-
-  const double* angle() const { return table_; }
-  const double* turn() const { return table_ + pairs_; }
-  const A* step(int64_t k) const { return row(k); }
-
- private:
-  A* row(int64_t k) const { return reinterpret_cast<A*>(table_ + 3 * pairs_) + 2 * (k - 1) * pairs_; }
-
-  int64_t pairs_;
-  double* table_;
-};
-
-// The products of the complex numbers `a` and `b`, each [2, pairs]: real parts, then imaginary ones. `out` may be one.
-template <class R>
-inline void multiply_rows(const R* a, const R* b, int64_t pairs, R* out) {
-  for (int64_t j = 0; j < pairs; j += kLanes<R>) {
-    const Vec<R> c0 = load(a + j), s0 = load(a + pairs + j);
-    const Vec<R> c1 = load(b + j), s1 = load(b + pairs + j);
-    store(out + j, c0 * c1 - s0 * s1);
-    store(out + pairs + j, s0 * c1 + c0 * s1);
-  }
-}
-
-// The cosines and sines of one token after another, for activations of type T. Those of the first of kTurn tokens are
-// turned by all kTurn at once from those of the first before: in double, or for results of 16 bits in float, where 64
-// turns add up to less than 1e-5. Those of the tokens between are one product away from the first.
-template <class T>
-class Rotation {
-  using A = stat_t<T>;
-  static constexpr bool kInFloat = sizeof(T) == 2;
-
- public:
-  Rotation(const QkNormRope& args, const Steps<A>& steps, int64_t part)
-      : args_(args),
-        steps_(steps),
-        exact_(args.scratch(part)),
-        first_(reinterpret_cast<A*>(exact_ + 2 * args.pairs)),
-        other_(reinterpret_cast<A*>(exact_ + 4 * args.pairs)) {}
-
-  const A* cosines() const { return now_; }
-  const A* sines() const { return now_ + args_.pairs; }
-
-  // To the token, which follows the one before.
-  void move_to(int64_t token) {
-    const bool enters = places_.is_beyond(token);
-    if (enters) {
-      place_ = places_.enter(args_, token);
-    } else if (++place_ == args_.C) {
-      place_ = 0;
-    }
-    const int64_t pairs = args_.pairs;
-    if (enters || place_ == 0 || ++since_ == kExactEvery) {
-      since_ = 0;
-      compute();
-      round();
-    } else if (since_ % kTurn != 0) {
-      multiply_rows(first_, steps_.step(since_ % kTurn), pairs, other_);
-      now_ = other_;
-      return;
-    } else if constexpr (kInFloat) {
-      multiply_rows(first_, steps_.step(kTurn), pairs, first_);
-    } else {
-      multiply_rows(exact_, steps_.turn(), pairs, exact_);
-      round();
-    }
-    now_ = first_;
-  }
-
- private:
-  void compute() {
-    for (int64_t j = 0; j < args_.pairs; j += kLanes<double>) {
-      Vec<double> c = splat(1.0), s = {};  // the angle is 0 where segments start, which may be short ones
-      if (place_ != 0) sin_cos(load(steps_.angle() + j) * static_cast<double>(place_), s, c);
-      store(exact_ + j, c);
-      store(exact_ + args_.pairs + j, s);
-    }
-  }
-
-  void round() {
-    for (int64_t j = 0; j < 2 * args_.pairs; j += kLanes<double>) store_rounded(first_ + j, load(exact_ + j));
-  }
-
-  const QkNormRope& args_;
-  const Steps<A>& steps_;
-  double* exact_;  // [2, pairs], as the others
-  A *first_, *other_;
-  const A* now_ = nullptr;
-  QkNormRopePlaces places_;
-  int64_t place_ = 0;
-  int64_t since_ = 0;  // tokens since those that were computed
-};
-
-template <class A, int... lane>
-inline Vec<A> swap_pairs(Vec<A> v, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(v, v, (lane ^ 1)...);
-}
-
-template <class A, int kHalf, int... lane>
-inline Vec<A> repeat_half(Vec<A> v, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(v, v, (kHalf * kLanes<A> / 2 + lane / 2)...);
-}
-
-// How to turn the two vectors of interleaved components that belong to one vector of pairs.
-template <class A>
-struct Turn {
-  Vec<A> cosine[2], sine[2];
-
-  Turn(const A* cosines, const A* sines) {
-    constexpr auto kSequence = std::make_integer_sequence<int, kLanes<A>>{};
-    const Vec<A> c = load(cosines), s = load(sines);
-    cosine[0] = repeat_half<A, 0>(c, kSequence);
-    cosine[1] = repeat_half<A, 1>(c, kSequence);
-    sine[0] = repeat_half<A, 0>(s, kSequence);
-    sine[1] = repeat_half<A, 1>(s, kSequence);
-  }
-  Vec<A> forth(int half, Vec<A> u) const {
-    return multiply_alternating<false, A>(u, cosine[half], swap(u) * sine[half]);
-  }
-  Vec<A> back(int half, Vec<A> u) const { return multiply_alternating<true, A>(u, cosine[half], swap(u) * sine[half]); }
-  static Vec<A> swap(Vec<A> u) { return swap_pairs<A>(u, std::make_integer_sequence<int, kLanes<A>>{}); }
-};
-
-// Calls body(i, n, turn, half) for what is left of a head from i on: n elements from i on, of which turn's `half` turns
-// the pairs.
-template <class T, class Body>
-__attribute__((always_inline)) inline void for_rest(int64_t i, int64_t S, const Rotation<T>& rotation,
-                                                    const Body& body) {
-  using A = stat_t<T>;
-  constexpr int64_t W = kLanes<A>;
-  if (i >= S) return;
-  const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
-  body(i, S - i, turn, 0);
-  if (i + W < S) body(i + W, S - i - W, turn, 1);
-}
-
-// The sum of squares of a head of S components, lane by lane, two vectors at a time.
+// The sum of squares of a head of S components, lane by lane. Two vectors at a time, as the outputs that it is taken
+// between, so that it is the same to the bit for the first heads of a part, of which it is taken alone.
 template <class A>
 struct Squares {
   Vec<A> sums[2] = {};
@@ -224,8 +49,7 @@ struct Squares {
 // Gives the sum of squares of the head `ahead`.
 template <class T, class A>
 __attribute__((always_inline)) inline Vec<A> forward_head(const QkNormRopeForward& args, int64_t at, int64_t h,
-                                                          const Rotation<T>& rotation, A scale, bool past,
-                                                          const T* ahead) {
+                                                          const A* turns, A scale, bool past, const T* ahead) {
   constexpr int64_t W = kLanes<A>;
   const int64_t S = args.S, D = args.H * S;
   const T* z = static_cast<const T*>(args.z) + at;
@@ -236,7 +60,7 @@ __attribute__((always_inline)) inline Vec<A> forward_head(const QkNormRopeForwar
   Squares<A> squares;
   int64_t i = 0;
   for (; i + 2 * W <= S; i += 2 * W) {
-    const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
+    const Turn<A> turn(turns + i);
     const Pair<A> u = load_pair(z + i);
     Pair<A> uq, uk;
     for (int m = 0; m < 2; ++m) {
@@ -250,7 +74,7 @@ __attribute__((always_inline)) inline Vec<A> forward_head(const QkNormRopeForwar
     squares.add(load_pair(ahead + i));
   }
   squares.add_rest(ahead, i, S);
-  for_rest<T>(i, S, rotation, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
+  for_rest(i, S, turns, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
     const Vec<A> zn = load(z + j, n) * scale;
     store(q + j, turn.forth(half, zn * load(gq + j, n) + (zn + load(bq + j, n))), n);
     store(k + j, turn.forth(half, zn * load(gk + j, n) + (zn + load(bk + j, n))), n);
@@ -269,11 +93,11 @@ void forward_part(const QkNormRopeForward& args, int64_t part, A norm, bool past
   const auto head = [&](int64_t r) {  // beyond the last, which is not asked for, the last
     return static_cast<const T*>(args.z) + std::min(r, last - 1) * S;
   };
-  const auto sum = [&](int64_t r) {
+  const auto sum = [&](const T* z) {
     Squares<A> squares;
     int64_t i = 0;
-    for (; i + 2 * kLanes<A> <= S; i += 2 * kLanes<A>) squares.add(load_pair(head(r) + i));
-    squares.add_rest(head(r), i, S);
+    for (; i + 2 * kLanes<A> <= S; i += 2 * kLanes<A>) squares.add(load_pair(z + i));
+    squares.add_rest(z, i, S);
     return squares.sum();
   };
   const auto scale_of = [&](int64_t r, Vec<A> squares) {
@@ -281,12 +105,12 @@ void forward_part(const QkNormRopeForward& args, int64_t part, A norm, bool past
     if (r < last) static_cast<A*>(args.rstd)[r] = rstd;
     return rstd * norm;
   };
-  A scale = scale_of(first, sum(first));
-  Vec<A> squares = sum(first + 1);
+  A scale = scale_of(first, sum(head(first)));
+  Vec<A> squares = sum(head(first + 1));
   for (int64_t r = first; r < last; ++r) {
     if (h == 0) rotation.move_to(token);
     const A next = scale_of(r + 1, squares);
-    squares = forward_head<T, A>(args, r * S, h, rotation, scale, past, head(r + 2));
+    squares = forward_head<T, A>(args, r * S, h, rotation.now(), scale, past, head(r + 2));
     if (++h == args.H) h = 0, ++token;
     scale = next;
   }
@@ -315,8 +139,7 @@ void forward(const QkNormRopeForward& args) {
 // of dzn * zn.
 template <class T, class A>
 __attribute__((always_inline)) inline Vecs<A, 1> backward_sum(const QkNormRopeBackward& args, int64_t at, int64_t h,
-                                                              const Rotation<T>& rotation, A rstd, A norm, A* sums,
-                                                              A* dzn) {
+                                                              const A* turns, A rstd, A norm, A* sums, A* dzn) {
   constexpr int64_t W = kLanes<A>;
   const int64_t S = args.S, D = args.H * S;
   const T* z = static_cast<const T*>(args.z) + at;
@@ -340,13 +163,13 @@ __attribute__((always_inline)) inline Vecs<A, 1> backward_sum(const QkNormRopeBa
   };
   int64_t i = 0;
   for (; i + 2 * W <= S; i += 2 * W) {
-    const Turn<A> turn(rotation.cosines() + i / 2, rotation.sines() + i / 2);
+    const Turn<A> turn(turns + i);
     const Pair<A> gq_turned = load_pair(dq + i), gk_turned = load_pair(dk + i), u = load_pair(z + i);
     for (int m = 0; m < 2; ++m) {
       add(i + m * W, W, turn.back(m, gq_turned.v[m]), turn.back(m, gk_turned.v[m]), u.v[m] * rstd);
     }
   }
-  for_rest<T>(i, S, rotation, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
+  for_rest(i, S, turns, [&](int64_t j, int64_t n, const Turn<A>& turn, int half) __attribute__((always_inline)) {
     add(j, n, turn.back(half, load(dq + j, n)), turn.back(half, load(dk + j, n)), load(z + j, n) * rstd);
   });
   return {{dot}};
@@ -393,8 +216,8 @@ void backward(const QkNormRopeBackward& args) {
                     const A* rstd = static_cast<const A*>(args.rstd) + r;
                     const Vecs<A, 1> dots = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
                       if (h == 0) rotation.move_to(token);
-                      const Vecs<A, 1> dot = backward_sum<T, A>(args, (r + k) * S, h, rotation, rstd[k], norm, sums,
-                                                                dzns + k * 2 * args.pairs);
+                      const Vecs<A, 1> dot = backward_sum<T, A>(args, (r + k) * S, h, rotation.now(), rstd[k], norm,
+                                                                sums, dzns + k * 2 * args.pairs);
                       if (++h == args.H) h = 0, ++token;
                       return dot;
                     });
