@@ -674,6 +674,7 @@ def test_bench_needs_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # workers do not time
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "a" / "b" / "c" / "cli.py"))
     assert "source checkout" in one_line(capfd, cli.main(["bench"]))
     (tmp_path / "bench").mkdir()
