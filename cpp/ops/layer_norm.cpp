@@ -2,13 +2,13 @@
 //
 // Computes  y = (x - mean) * rstd * (weight + 1) + bias and its gradients (ops/layer_norm.h).
 // Layout    rows of D contiguous elements; mean and rstd one per row; all compact.
-// Mapping   rows are split over the threads; a row is walked three times (twice in backward), the first time from
-//           memory, then out of L1 or L2: short rows several together (core/rows.h). Outputs larger than the caches go
-//           past them (core/past.h).
+// Mapping   rows are split over the threads; a row is walked twice, or three times where its mean is large (forward),
+//           the first time from memory, then out of L1 or L2: short rows several together (core/rows.h). Outputs larger
+//           than the caches go past them (core/past.h).
 // Traffic   forward 2, backward 3 elements moved per element: memory-bound.
-// Numerics  the mean first, then the variance of the differences, in vector accumulators of float (double for float64):
-//           a large mean does not cancel. dweight and dbias: one partial sum per fixed part of the rows, added in
-//           order, so the result does not depend on the number of threads.
+// Numerics  sums of x and x^2 in vector accumulators of float (double for float64); where the mean is large they would
+//           cancel, and the variance is that of the differences from the mean. dweight and dbias: one partial sum per
+//           fixed part of the rows, added in order, so the result does not depend on the number of threads.
 // Limits    none; D = 0 gives empty rows.
 #include "ops/layer_norm.h"
 
@@ -17,6 +17,30 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 namespace {
+
+// A row whose variance is at least so many squares of its mean has it from the sums of x and x^2: the subtraction then
+// costs less than a bit.
+constexpr int kSquaresOfMean = 8;
+
+// Any other row's: the sum of (x - mean)^2.
+template <class T>
+__attribute__((noinline)) stat_t<T> sum_squares_about(const T* x, stat_t<T> mean, int64_t D) {
+  using A = stat_t<T>;
+  constexpr int64_t W = kLanes<A>;
+  Vec<A> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= D; i += 4 * W) {
+    for (int k = 0; k < 4; k += 2) {
+      const Pair<A> u = load_pair(x + i + k * W);
+      for (int m = 0; m < 2; ++m) sums[k + m] += (u.v[m] - mean) * (u.v[m] - mean);
+    }
+  }
+  for (; i < D; i += W) {
+    const Vec<A> d = first_lanes(load(x + i, D - i) - mean, D - i);
+    sums[0] += d * d;
+  }
+  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
 
 template <class T, bool kWeighted>
 void forward(const LayerNormForward& args) {
@@ -33,18 +57,16 @@ void forward(const LayerNormForward& args) {
       const T* x = static_cast<const T*>(args.x) + r * D;
       T* y = static_cast<T*>(args.y) + r * D;
       A *means = static_cast<A*>(args.mean) + r, *rstds = static_cast<A*>(args.rstd) + r;
-      const Vecs<A, 1> sums = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
-        return sum_row(x + k * D, D, [](V v, int64_t) { return v; });
-      });
-      store(means, sums.v[0] / static_cast<A>(D), rows);
-      const Vecs<A, 1> squares = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
-        const A mean = means[k];
-        return sum_row(x + k * D, D, [&](V v, int64_t n) {
-          const V d = v - mean;
-          return n >= W ? d * d : first_lanes(d * d, n);
-        });
-      });
-      store(rstds, A(1) / sqrt(squares.v[0] / static_cast<A>(D) + static_cast<A>(args.eps)), rows);
+      const Vecs<A, 2> sums =
+          sum_rows<A, 2>(rows, [&](int64_t k) __attribute__((always_inline)) { return sum_moments(x + k * D, D); });
+      const V mean = sums.v[0] / static_cast<A>(D);
+      V variance = sums.v[1] / static_cast<A>(D) - mean * mean;
+      store(means, mean, rows);
+      for (int64_t k = 0; k < rows; ++k) {
+        if (kSquaresOfMean * mean[k] * mean[k] <= variance[k]) continue;
+        variance[k] = sum_squares_about(x + k * D, mean[k], D) / static_cast<A>(D);
+      }
+      store(rstds, A(1) / sqrt(variance + static_cast<A>(args.eps)), rows);
       for (int64_t k = 0; k < rows; ++k, x += D, y += D) {
         const A mean = means[k], rstd = rstds[k];
         int64_t i = 0;

@@ -28,9 +28,8 @@ void forward(const RmsNormForward& args) {
     for_rows<A>(begin, end, D * sizeof(T), kBytesTogether<T>, [&](int64_t r, auto rows) __attribute__((always_inline)) {
       const T* x = static_cast<const T*>(args.x) + r * D;
       T* y = static_cast<T*>(args.y) + r * D;
-      const Vecs<A, 1> sums = sum_rows<A, 1>(rows, [&](int64_t k) __attribute__((always_inline)) {
-        return sum_row(x + k * D, D, [](Vec<A> v, int64_t) { return v * v; });
-      });
+      const Vecs<A, 1> sums = sum_rows<A, 1>(
+          rows, [&](int64_t k) __attribute__((always_inline)) { return Vecs<A, 1>{{sum_moments(x + k * D, D).v[1]}}; });
       const Vec<A> rstd = A(1) / sqrt(sums.v[0] / static_cast<A>(D) + static_cast<A>(args.eps));
       store(static_cast<A*>(args.rstd) + r, rstd, rows);
       for (int64_t k = 0; k < rows; ++k, x += D, y += D) {
