@@ -23,6 +23,16 @@ SIZES: dict[str, Any] = {
     "norm_num_groups": 3,
 }
 
+# Divisible by two and by four, for shards: heads, channels, groups and hidden units.
+WIDE: dict[str, Any] = {
+    "model_dim": 16,
+    "z_dim": 16,
+    "value_dim": 24,
+    "num_heads": 4,
+    "ffn_hidden_dim": 12,
+    "norm_num_groups": 4,
+}
+
 
 def small_config(**changes: Any) -> MegalodonConfig:
     return MegalodonConfig(**{**SIZES, **changes})
@@ -38,6 +48,23 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: An
     return model.to(dtype)
 
 
+def wide_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Megalodon:
+    return small_model(dtype=dtype, **{**WIDE, **changes}).eval()
+
+
 def random_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCAB, (rows, length), generator=generator)
+
+
+def assert_same(got: Megalodon, want: Megalodon) -> None:
+    """Equal to the bit: the configuration, every tensor of the state_dict, the logits."""
+    assert got.config.fingerprint() == want.config.fingerprint()
+    ours, theirs = got.state_dict(), want.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+    assert (got.output.output.weight is got.embed.weight) == want.config.share_emb
+    tokens = random_tokens(2, 9) % want.config.vocab_size
+    assert torch.equal(got(tokens), want(tokens))
