@@ -1,9 +1,10 @@
-"""Fixtures that every test file shares."""
+"""Fixtures that test files share."""
 
 import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import backend  # before megalodon_ops, whose extension module it may replace
 import pytest
@@ -66,3 +67,28 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(before)
+
+
+# Of the command; its packages are imported where a test asks for it.
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    from command import TEXT
+
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of six steps. Tests must not change it."""
+    from command import TEXT, TINY, train
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "corpus.txt").write_bytes(TEXT)
+    out = folder / "run"
+    options = [*TINY, "--steps", 6, "--eval-every", 3]
+    assert train(out, "--data", folder / "corpus.txt", *options) == 0
+    return out
