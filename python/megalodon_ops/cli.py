@@ -1,20 +1,19 @@
 """The `megalodon` command: train, generate, eval, convert, bench, info.
 
-This module only reads arguments and prints; the work is in `training/` and
-`generate_command.py`. Torch is imported inside the commands, so that `--help` and usage errors are
-immediate.
+This module only reads arguments; the work is in `train_command.py`, `generate_command.py` and the
+others, and in `training/`. Torch is imported inside the commands, so that `--help` and usage errors
+are immediate.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import typer
@@ -25,10 +24,6 @@ except ImportError as error:  # the library itself needs none of them
     ) from None
 
 from megalodon_ops.training.errors import CommandError
-
-if TYPE_CHECKING:
-    from megalodon_ops.training.checkpoint import Checkpoint
-    from megalodon_ops.training.data import Corpus
 
 DEFAULT_OUT = "runs/megalodon"
 NEEDED = ("torch", "safetensors", "matplotlib", "numpy")  # typer and rich: see the imports
@@ -124,86 +119,14 @@ def train(
 ) -> int:
     """Train a language model on text; Ctrl-C saves first, --resume continues exactly."""
     from megalodon_ops.config import MegalodonConfig
+    from megalodon_ops.train_command import run
     from megalodon_ops.training.options import TrainOptions
 
     # None means "not given": a resumed run keeps its own value, a new one takes the default.
     values = {name: value for name, value in locals().items() if value is not None}
     shape = {f.name: values[f.name] for f in fields(MegalodonConfig) if f.name in values}
     given = {f.name: values[f.name] for f in fields(TrainOptions) if f.name in values}
-    return _train(out, given, shape, preset, resume, overwrite, stop_after)
-
-
-def _train(
-    out: Path,
-    given: dict[str, Any],
-    shape: dict[str, Any],
-    preset: str | None,
-    resume: bool,
-    overwrite: bool,
-    stop_after: int | None,
-) -> int:
-    from megalodon_ops.checkpoint import FILE_NAME
-    from megalodon_ops.tokenizer import BYTES
-    from megalodon_ops.training import checkpoint as checkpoints
-    from megalodon_ops.training import options as settings
-    from megalodon_ops.training.data import open_corpus
-    from megalodon_ops.training.display import Display, clock
-    from megalodon_ops.training.loop import Trainer
-
-    saved = None
-    for name in ("data", "tokenizer"):
-        if given.get(name):
-            # Absolute, so that --resume and eval find it from anywhere.
-            given[name] = os.path.abspath(given[name])
-    if resume:
-        saved = checkpoints.load(out, training=True)
-        out = checkpoints.find(out).parent
-        settings.check_resumed_config(saved.config, preset, shape, str(out))
-        config = saved.config
-        options = settings.resumed_options(_saved_options(saved), given, str(out))
-        tokenizer = checkpoints.tokenizer_of(saved, out, given.get("tokenizer"))
-    else:
-        options = settings.TrainOptions(**given)
-        tokenizer = checkpoints.read_tokenizer(options.tokenizer) if options.tokenizer else BYTES
-        config = settings.build_config(preset, shape, tokenizer.vocab_size)
-        if (out / FILE_NAME).exists() and not overwrite:
-            raise CommandError(
-                f"{out} already holds a run: --resume goes on with it, --overwrite discards it"
-            )
-    corpus = open_corpus(options.data)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints.keep_tokenizer(tokenizer, out)
-
-    unit = "bytes" if tokenizer is BYTES else "tokens"
-    display = Display(Console())
-    display.say(f"corpus: {corpus.name}, {corpus.size:,} bytes in {len(corpus.files):,} files")
-    trainer = Trainer(config, options, corpus, out, display, saved, tokenizer)
-    display.say(
-        f"model: {trainer.parameter_count:,} parameters; windows of {options.seq_len} {unit}, "
-        f"{options.batch_size} a step; {trainer.options.dtype}"
-    )
-    if trainer.progress() >= 1:
-        display.say(
-            f"the run in {out} is complete at step {trainer.step}; --steps or --minutes adds"
-        )
-        return 0
-    if resume:
-        display.say(f"resuming after step {trainer.step}")
-    outcome = trainer.run(stop_after)
-    full = f", rows {100 * outcome.fullness:.2f}% full" if options.pack else ""
-    display.say(
-        f"step {outcome.step} after {clock(outcome.seconds)}, {outcome.tokens_per_second:,.0f} "
-        f"tokens/s{full}; saved {outcome.checkpoint}"
-    )
-    if not outcome.finished:
-        display.say(f"continue with: megalodon train --out {out} --resume")
-    return 0 if outcome.signal is None else 128 + outcome.signal
-
-
-def _saved_options(saved: Checkpoint) -> Any:
-    from megalodon_ops.training.options import read_options
-
-    return read_options(saved.settings.get("options", {}))
+    return run(out, given, shape, preset, resume, overwrite, stop_after)
 
 
 def _drawing(help_text: str, default: object) -> Any:
@@ -307,53 +230,9 @@ def evaluate(
     ] = None,
 ) -> int:
     """Bits per byte of any file, streamed at constant memory, next to gzip -9 and xz -9."""
-    from megalodon_ops.training.checkpoint import load_model, tokenizer_of
-    from megalodon_ops.training.data import open_corpus
-    from megalodon_ops.training.evaluation import compare
+    from megalodon_ops.eval_command import run
 
-    model, saved = load_model(checkpoint)
-    coder = tokenizer_of(saved, checkpoint, tokenizer)
-    corpus, start = (open_corpus(path), 0) if path is not None else _held_out(saved)
-    stop = min(corpus.size, start + max_bytes) if max_bytes else corpus.size
-
-    from rich.progress import Progress
-
-    # Transient and on stderr: standard output holds the result and nothing else.
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluating", total=stop - start)
-        try:
-            result = compare(
-                model,
-                corpus.pieces(start, stop, piece),
-                lambda count: bar.advance(task, count),
-                coder,
-                piece,
-            )
-        except ValueError as error:  # a byte that the tokenizer has no token for
-            raise CommandError(str(error)) from error
-    part = "" if path is not None else ", held out"
-    print(f"{corpus.name}{part}: {result.count:,} bytes, {result.model:.4f} bits/byte")
-    print(f"  megalodon  {result.model:.4f}")
-    print(f"  xz -9      {result.xz:.4f}")
-    print(f"  gzip -9    {result.gzip:.4f}")
-    return 0
-
-
-def _held_out(saved: Checkpoint) -> tuple[Corpus, int]:
-    """The corpus that a checkpoint was trained on and where its held-out part begins."""
-    from megalodon_ops.training.data import open_corpus
-
-    corpus = open_corpus(_saved_options(saved).data)
-    start = saved.settings.get("held_out_start", corpus.size)
-    if saved.settings.get("corpus") != corpus.fingerprint():
-        raise CommandError(
-            f"the corpus {corpus.name!r} is not the one this run was trained on; name a file to "
-            "evaluate instead"
-        )
-    if start >= corpus.size:
-        raise CommandError("this run kept no part of its corpus from training; name a file instead")
-    return corpus, start
+    return run(path, checkpoint, max_bytes, piece, tokenizer)
 
 
 @app.command()
