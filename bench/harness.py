@@ -18,7 +18,7 @@ import gpu
 import torch
 from torch import Tensor
 
-from megalodon_ops._library import Maker, Op
+from megalodon_ops._library import Cost, Maker, Op
 
 ROUNDS = 9
 
@@ -206,12 +206,7 @@ def measure(
     error = relative_error(op, small_args)
     assert error <= BOUNDS[dtype], f"{op.name}: wrong before it is fast: relative error {error:.2e}"
 
-    factor = 2.5 if backward and floor == "clone" else 3 if backward else 1
-    floor_call = (
-        clone_floor(int(cost.bytes * factor))
-        if floor == "clone"
-        else fma_floor(int(cost.flops * factor))
-    )
+    floor_call = _floor(cost, floor, backward)
     if device.type != "cpu":
         gpu.verify_at_size(op.name, _one_call(op.overload, _clones(args), backward))
     candidates = {
@@ -225,13 +220,9 @@ def measure(
 
     best = min(others, key=lambda name: statistics.median(times[name]), default=None)
     tenths = statistics.quantiles(times["ours"], n=10)
-    shapes = next(tuple(a.shape) for a in args if isinstance(a, Tensor))
-    named = {argument.name: value for argument, value in zip(op.arguments, args, strict=False)}
-    kinds = {"cu_seqlens": " packed", "k_cache": " cached"}
-    kind = "".join(text for name, text in kinds.items() if named.get(name) is not None)
     row = Row(
         op=op.name,
-        shape="x".join(map(str, shapes)) + kind + label,
+        shape=_shape(op, args) + label,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         direction="forward+backward" if backward else "forward",
@@ -251,6 +242,21 @@ def measure(
     benchmark.extra_info.update(row.as_dict())
     rows.append(row)
     return row
+
+
+def _floor(cost: Cost, floor: str, backward: bool) -> Callable[[], Any]:
+    if floor == "clone":
+        return clone_floor(int(cost.bytes * (2.5 if backward else 1)))
+    return fma_floor(int(cost.flops * (3 if backward else 1)))
+
+
+def _shape(op: Op, args: Sequence[Any]) -> str:
+    """That of the first tensor, and whether the call is of packed rows or of caches."""
+    shape = next(tuple(a.shape) for a in args if isinstance(a, Tensor))
+    named = {argument.name: value for argument, value in zip(op.arguments, args, strict=False)}
+    kinds = {"cu_seqlens": " packed", "k_cache": " cached"}
+    kind = "".join(text for name, text in kinds.items() if named.get(name) is not None)
+    return "x".join(map(str, shape)) + kind
 
 
 def _peers(
