@@ -30,6 +30,22 @@ _running: set[subprocess.Popen[str]] = set()
 _broken_off = threading.Event()  # no command starts after it
 
 
+def _start(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    paths = os.pathsep.join(p for p in (str(ROOT / "python"), os.environ.get("PYTHONPATH")) if p)
+    env = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **environment}
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a group of its own, with all that it starts
+    )
+
+
 def _signal(process: subprocess.Popen[str], number: int) -> None:
     """To the command and all it has started."""
     with contextlib.suppress(ProcessLookupError):
@@ -62,23 +78,11 @@ def command(
     words = [str(part) for part in parts]
     if _broken_off.is_set():
         return {"ok": False, "seconds": 0.0, "output": "", "last_lines": ["not begun"]}
-    paths = os.pathsep.join(p for p in (str(ROOT / "python"), os.environ.get("PYTHONPATH")) if p)
-    env = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **environment}
     start = time.monotonic()
     if echo:
         print("$", *words, flush=True)
     try:
-        process = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # a group of its own, with all that it starts
-        )
+        process = _start(words, environment)
     except OSError as error:
         print(f"{words[0]}: {error.strerror}", flush=True)
         return {"ok": False, "seconds": 0.0, "output": "", "last_lines": [str(error)]}
