@@ -44,7 +44,27 @@ struct Sums {
 };
 
 #if defined(__AVX512F__)
+// Half a vector, of the width of the units of some CPUs (AMD Zen 4).
+typedef float HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 constexpr int kHalfLanes = kLanes<float> / 2;
+
+// Half h of the kLanes<float> elements at p, in any order that is the same for all sources of a sum. kEvensFirst: those
+// of bf16, whose elements of even index become floats in one instruction and those of odd index in another; what is
+// summed with them is arranged so beforehand (Groups::arrange).
+template <bool kEvensFirst, class T>
+inline HalfVec load_half(const T* p, int h) {
+  if constexpr (kEvensFirst && std::is_same_v<T, bf16>) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i odd = _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+    return reinterpret_cast<HalfVec>(h == 0 ? _mm256_slli_epi32(pairs, 16) : odd);
+  } else if constexpr (std::is_same_v<T, float>) {
+    return reinterpret_cast<HalfVec>(_mm256_loadu_ps(p + h * kHalfLanes));
+  } else {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + h * kHalfLanes));
+    static_assert(std::is_same_v<T, f16>);
+    return reinterpret_cast<HalfVec>(_mm256_cvtph_ps(bits));
+  }
+}
 
 inline Vec<float> join(HalfVec lower, HalfVec upper) {
   const __m512d low = _mm512_castps_pd(_mm512_castps256_ps512(reinterpret_cast<__m256>(lower)));
@@ -117,6 +137,11 @@ struct Groups {
   static constexpr int kUnrolled = kVectors < 8 ? kVectors : 8;
   // Adjacent vectors that for_each_run takes at a time, at most: two accumulators for each fit in the registers.
   static constexpr int kRun = kVectors < (kVectorBytes == 64 ? 8 : 4) ? kVectors : kVectorBytes == 64 ? 8 : 4;
+#if defined(__AVX512F__)
+  static constexpr bool kByHalves = kEach > 0 && std::is_same_v<A, float>;
+#else
+  static constexpr bool kByHalves = false;
+#endif
   int64_t K;
   int64_t groups;
 
@@ -149,16 +174,26 @@ struct Groups {
   }
   static constexpr int step(int vector) { return P == 0 ? 0 : static_cast<int>(index_of(vector)); }
 
-  // The sums of f over the groups of that block; of groups that do not exist, 0. f(V{}, j, i, n) gives N sums of type
-  // V, as an array Sums, and 0 in lanes from n on; n is a constant where all lanes are there.
-  template <int N, class F>
-  __attribute__((always_inline)) Vecs<A, N> sum(int64_t g, const F& f) const {
+  // The sums of f over the groups of that block; of groups that do not exist, 0. f(j, n, v, ...) gets what lies at the
+  // sources (T first, then T or A) as vectors V, and gives N sums of type V, as an array Sums, which are 0 in lanes
+  // from n on; n is a constant where all lanes are there. Sources of type A are arranged for T.
+  template <int N, class F, class T, class... S>
+  __attribute__((always_inline)) Vecs<A, N> sum(int64_t g, const F& f, const T* source, const S*... more) const {
 #if defined(__AVX512F__)
-    if constexpr (kEach > 0 && std::is_same_v<A, float>) {
-      return g + W <= groups ? sum_halves<true, N>(g, f) : sum_halves<false, N>(g, f);
+    if constexpr (kByHalves) {
+      return g + W <= groups ? sum_halves<true, N>(g, f, source, more...) : sum_halves<false, N>(g, f, source, more...);
     }
 #endif
-    return g + W <= groups ? sum_of<true, N>(g, f) : sum_of<false, N>(g, f);
+    return g + W <= groups ? sum_of<true, N>(g, f, source, more...) : sum_of<false, N>(g, f, source, more...);
+  }
+
+  // Whether sum() takes channels of T in another order, of every W those of even index first.
+  template <class T>
+  static constexpr bool kEvensFirst = kByHalves && std::is_same_v<T, bf16>;
+
+  // Copies n values per channel, whole groups, in that order.
+  static void arrange(const A* from, int64_t n, A* to) {
+    for (int64_t i = 0; i < n; ++i) to[i / W * W + i % 2 * (W / 2) + i % W / 2] = from[i];
   }
 
  private:
@@ -172,14 +207,14 @@ struct Groups {
   }
 
   // kWhole: all groups of the block exist.
-  template <bool kWhole, int N, class F>
-  __attribute__((always_inline)) Vecs<A, N> sum_of(int64_t g, const F& f) const {
+  template <bool kWhole, int N, class F, class... S>
+  __attribute__((always_inline)) Vecs<A, N> sum_of(int64_t g, const F& f, const S*... sources) const {
     Vecs<A, N> sums[kVectors / kUnrolled];
     for (int64_t j = 0; j < kVectors; j += kUnrolled) {
       sums[j / kUnrolled] = add_vectors<A, kUnrolled, N>([&](auto k) __attribute__((always_inline)) {
         Vecs<A, N> total = {};
         visit<kWhole>(g, j + k, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-          const Sums<Vec<A>, N> values = f(Vec<A>{}, j + k, i, n);
+          const Sums<Vec<A>, N> values = f(j + k, n, load(sources + i, n)...);
           for (int m = 0; m < N; ++m) total.v[m] = P == 0 || kEach > 1 ? total.v[m] + values.v[m] : values.v[m];
         });
         return total;
@@ -191,16 +226,19 @@ struct Groups {
 #if defined(__AVX512F__)
   // Groups of whole vectors, half by half: the first sum of a tree is then a plain one, and the others take half the
   // time on units of that width (AMD Zen 4, 32 groups of 16 in L1: 168 cycles to 124).
-  template <bool kWhole, int N, class F>
-  __attribute__((always_inline)) Vecs<A, N> sum_halves(int64_t g, const F& f) const {
+  template <bool kWhole, int N, class F, class T, class... S>
+  __attribute__((always_inline)) Vecs<A, N> sum_halves(int64_t g, const F& f, const T* source, const S*... more) const {
+    constexpr bool kEvens = kEvensFirst<T>;
     const auto sums_from = [&](int64_t first) __attribute__((always_inline)) {
       return add_halves<N, kHalfLanes>([&](auto k) __attribute__((always_inline)) {
         const int64_t j = first + k, i = (g + j) * P;
         if (!kWhole && g + j >= groups) return Sums<HalfVec, N>{};
-        Sums<HalfVec, N> total = f(HalfVec{}, j, i, int64_t{kHalfLanes});
-        for (int h = 1; h < 2 * kEach; ++h) {
-          const Sums<HalfVec, N> values = f(HalfVec{}, j, i + h * kHalfLanes, int64_t{kHalfLanes});
-          for (int m = 0; m < N; ++m) total.v[m] += values.v[m];
+        Sums<HalfVec, N> total = {};
+        for (int h = 0; h < 2 * kEach; ++h) {
+          const int64_t at = i + h / 2 * W;
+          const Sums<HalfVec, N> values =
+              f(j, int64_t{kHalfLanes}, load_half<kEvens>(source + at, h % 2), load_half<kEvens>(more + at, h % 2)...);
+          for (int m = 0; m < N; ++m) total.v[m] = h == 0 ? values.v[m] : total.v[m] + values.v[m];
         }
         return total;
       });

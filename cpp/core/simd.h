@@ -260,28 +260,6 @@ inline void store(T* p, Vec<stat_t<T>> v, int64_t n) {
 #endif
 }
 
-#if defined(__AVX512F__)
-// Half a vector, of the width of the units of some CPUs (AMD Zen 4).
-typedef float HalfVec __attribute__((vector_size(kVectorBytes / 2)));
-#endif
-
-// The first n elements as a V, which is Vec<stat_t<T>>, or HalfVec where all are there.
-template <class V, class T>
-inline V load_as(const T* p, int64_t n) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<V, HalfVec>) {
-    if constexpr (std::is_same_v<T, float>) return reinterpret_cast<V>(_mm256_loadu_ps(p));
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    if constexpr (std::is_same_v<T, f16>) return reinterpret_cast<V>(_mm256_cvtph_ps(bits));
-    return reinterpret_cast<V>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-  } else {
-    return load(p, n);
-  }
-#else
-  return load(p, n);
-#endif
-}
-
 // The first n lanes; the others become 0.
 template <class V>
 inline V first_lanes(V v, int64_t n) {

@@ -4,17 +4,18 @@
 //           tokens of a sequence, a row or a segment of a packed one, are adjacent.
 // Mapping   a tile is up to 128 groups and 4096 channels of the sequences of one part; tiles are split over the
 //           threads, and a tile walks through time alone. Segments may differ in length a thousandfold: so that no
-//           thread gets all of a long one, the parts of the same groups come one after another. A step: sums over
-//           groups (vectorised over groups, core/groups.h), the recurrence (over groups), then the channels, and these
-//           for the unpadded steps of a turn, what is per channel staying in registers.
+//           thread gets all of a long one, the parts of the same groups come one after another. A turn is two or four
+//           unpadded steps: their sums over groups (vectorised over groups, core/groups.h), which wait for no other
+//           step's, then the recurrence (over groups), then the channels, what is per channel staying in registers.
 // Traffic   2 elements moved per element; what a turn reads again is in L1. Outputs of 8 MiB and more go past the
-// caches.
-//           In L2 a step of 32 groups of 16 floats takes 410 cycles of AMD Zen 4; what is larger waits for memory.
-// Numerics  a step is measured from the mean of the steps before it, in one pass: mu - M and s come from the means of
-//           x - M and (x - M)^2. What cancels in s when mu is far from M is small beside the c1 (mu - M)^2 that V gets
-//           with it, so V is as exact as the sums. The first step, where c1 = 0, is measured from its own mean, in a
-//           second pass. M and V are carried in double; everything per channel and the sums of a step are float (double
-//           for float64). y takes x - M from M rounded: an error of 2^-24 |M| / sqrt(V), like that of x.
+//           caches. In L2 a step of 32 groups of 16 takes 420 cycles of AMD Zen 4, in bf16 390; what is larger waits
+//           for memory.
+// Numerics  a turn is measured from the mean M of the steps before it, in one pass: mu - M and s come from the means of
+//           x - M and (x - M)^2. What cancels in s when mu is far from M is small beside what V gets with it: c1 times
+//           the square of mu - M, and where a turn's steps have moved M by m, a third of m^2 at least. So V is as exact
+//           as the sums. The first step of all, where c1 = 0, is measured from its own mean, in a second pass. M and V
+//           are carried in double; everything per channel and the sums of a step are float (double for float64). y
+//           takes x - M from M rounded: an error of 2^-24 |M| / sqrt(V), like that of x.
 // Limits    none; D = 0 gives NaN statistics. Group sizes that are no power of two and no multiple of the vector length
 //           are slower, as every group ends in a partial vector; so are groups smaller than a vector in float64: by up
 //           to an order of magnitude for groups of 1 or 2.
@@ -52,19 +53,23 @@ class ForwardTile {
       const T* x = static_cast<const T*>(args_.x) + offset;
       T* y = static_cast<T*>(args_.y) + offset;
       if (args_.padding_mask != nullptr && args_.padding_mask[token]) {
-        normalize();
         std::memset(y, 0, groups_.channels() * sizeof(T));
-        for (int64_t g = 0; g < groups_.groups; g += W) keep(token, g, load(mean_ + g), load(rstd_ + g));
+        if (steps_ > 0) {
+          ++tokens_of_[steps_ - 1];
+        } else {
+          for (int64_t g = 0; g < groups_.groups; g += W) keep(token, 1, g, load(mean_ + g), load(rstd_ + g));
+        }
         continue;
       }
       if (n_ == 0) begin(x);
-      step(x);
+      n_of_[steps_] = static_cast<double>(n_++);
       tokens_[steps_] = token;
+      tokens_of_[steps_] = 1;
       x_[steps_] = x;
       y_[steps_] = y;
-      if (++steps_ == kSteps) normalize();
+      if (++steps_ == kSteps) take_turn();
     }
-    normalize();
+    take_turn();
     finish(sequence);
   }
 
@@ -98,83 +103,106 @@ class ForwardTile {
     }
   }
 
-  // The mean and the variance of a step, whose outputs are to come.
-  void step(const T* x) {
-    const double n = static_cast<double>(n_++);
-    const double c1 = n / (n + 1.0), c2 = 1.0 / (n + 1.0);
-    for (int64_t g = 0; g < groups_.groups; g += W) advance(g, measure(x, g), c1, c2);
-  }
-
-  // The sums of x - m and of (x - m)^2 over the groups of a block, m being the mean of the steps so far.
-  __attribute__((always_inline)) Vecs<A, 2> measure(const T* x, int64_t g) const {
-    return groups_.template sum<2>(g, [&](auto v, auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
-      using V = decltype(v);
-      const V d = difference<P, V>(x + i, mean_ + g, j, n);
-      return Sums<V, 2>{{d, d * d}};
-    });
-  }
-
-  __attribute__((always_inline)) void advance(int64_t g, const Vecs<A, 2>& sums, double c1, double c2) {
-    const Vec<A> mu = sums.v[0] * per_channel_;  // from the mean of before
-    const Vec<A> s = maximum(Vec<A>{}, sums.v[1] * per_channel_ - mu * mu);
-    const Doubles<A> away = to_doubles(mu), own = to_doubles(s), mean = to_doubles(load(mean_ + g));
-    Doubles<A> new_M, new_V;
-    for (int h = 0; h < kHalves; ++h) {
-      double *M = M_ + g + h * kLanes<double>, *V = V_ + g + h * kLanes<double>;
-      const Vec<double> d = away.v[h] + (mean.v[h] - load(M));  // mu - M
-      new_M.v[h] = c2 * d + load(M);
-      new_V.v[h] = c2 * (c1 * (d * d) + (own.v[h] - load(V))) + load(V);
-      store(M, new_M.v[h]);
-      store(V, new_V.v[h]);
+  // The steps that wait for it, all of which are measured from the same mean: none waits for the one before.
+  void take_turn() {
+    for (int k = 0; k < steps_; ++k) {
+      for (int64_t g = 0; g < groups_.groups; g += W) {
+        const Vecs<A, 2> sums = measure(x_[k], g);
+        store(means_[k] + g, sums.v[0]);
+        store(rstds_[k] + g, sums.v[1]);
+      }
     }
-    store(mean_ + g, from_doubles(new_M));
-    store(means_[steps_] + g, from_doubles(new_M));
-    store(rstds_[steps_] + g, from_doubles(new_V));
+    for (int64_t g = 0; g < groups_.groups; g += W) advance(g);
+    for (int64_t g = 0; g < groups_.groups; g += W) normalize(g);
+    steps_ = 0;
   }
 
-  void keep(int64_t token, int64_t g, Vec<A> mean, Vec<A> rstd) {
-    const int64_t at = token * args_.G + first_ + g;
-    store(static_cast<A*>(args_.step_mean) + at, mean, groups_.groups - g);
-    store(static_cast<A*>(args_.step_rstd) + at, rstd, groups_.groups - g);
+  // The sums of x - m and of (x - m)^2 over the groups of a block, m being the mean of the steps before the turn.
+  __attribute__((always_inline)) Vecs<A, 2> measure(const T* x, int64_t g) const {
+    const auto sums = [&](auto j, int64_t n, auto v) __attribute__((always_inline)) {
+      using V = decltype(v);
+      const V d = difference<P>(v, mean_ + g, j, n);
+      return Sums<V, 2>{{d, d * d}};
+    };
+    return groups_.template sum<2>(g, sums, x);
   }
 
-  // The outputs of the steps that wait for them, a run of vectors at a time.
-  void normalize() {
+  // The means and the variances of the steps, from what was measured.
+  void advance(int64_t g) {
+    Vec<double> M[kHalves], V[kHalves];
+    for (int h = 0; h < kHalves; ++h) {
+      M[h] = load(M_ + g + h * kLanes<double>);
+      V[h] = load(V_ + g + h * kLanes<double>);
+    }
+    const Doubles<A> from = to_doubles(load(mean_ + g));
+    for (int k = 0; k < steps_; ++k) {
+      const double c2 = 1.0 / (n_of_[k] + 1.0), c1 = n_of_[k] * c2;
+      const Vec<A> mu = load(means_[k] + g) * per_channel_;
+      const Vec<A> s = maximum(Vec<A>{}, load(rstds_[k] + g) * per_channel_ - mu * mu);
+      const Doubles<A> away = to_doubles(mu), own = to_doubles(s);
+      Doubles<A> new_M, new_V;
+      for (int h = 0; h < kHalves; ++h) {
+        const Vec<double> d = away.v[h] + (from.v[h] - M[h]);  // mu - M
+        new_M.v[h] = M[h] = c2 * d + M[h];
+        new_V.v[h] = V[h] = c2 * (c1 * (d * d) + (own.v[h] - V[h])) + V[h];
+      }
+      const Vec<A> mean = from_doubles(new_M);
+      for (int h = 0; h < kHalves; ++h) new_V.v[h] += args_.eps;
+      const Vec<A> rstd = reciprocal_root(from_doubles(new_V));
+      store(means_[k] + g, mean);
+      store(rstds_[k] + g, rstd);
+      store(mean_ + g, mean);
+      store(rstd_ + g, rstd);
+      keep(tokens_[k], tokens_of_[k], g, mean, rstd);
+    }
+    for (int h = 0; h < kHalves; ++h) {
+      store(M_ + g + h * kLanes<double>, M[h]);
+      store(V_ + g + h * kLanes<double>, V[h]);
+    }
+  }
+
+  // 1 / sqrt(v), whose two roundings a step of Newton's takes back; of infinity 0.
+  static Vec<A> reciprocal_root(Vec<A> v) {
+    const Vec<A> root = A(1) / sqrt(v);
+    const Vec<A> off = A(1) - v * root * root;
+    return off == off ? off * root * A(0.5) + root : root;
+  }
+
+  void keep(int64_t token, int64_t tokens, int64_t g, Vec<A> mean, Vec<A> rstd) {
+    for (int64_t at = token * args_.G + first_ + g; tokens > 0; --tokens, at += args_.G) {
+      store(static_cast<A*>(args_.step_mean) + at, mean, groups_.groups - g);
+      store(static_cast<A*>(args_.step_rstd) + at, rstd, groups_.groups - g);
+    }
+  }
+
+  // The outputs, a run of vectors at a time.
+  void normalize(int64_t g) {
     const A* weights = static_cast<const A*>(args_.weight) + first_ * groups_.K;
     const A* biases = static_cast<const A*>(args_.bias) + first_ * groups_.K;
-    for (int64_t g = 0; g < groups_.groups; g += W) {
-      for (int k = 0; k < steps_; ++k) {
-        const Vec<A> rstd = A(1) / sqrt(load(rstds_[k] + g) + static_cast<A>(args_.eps));
-        store(rstds_[k] + g, rstd);
-        store(rstd_ + g, rstd);
-        keep(tokens_[k], g, load(means_[k] + g), rstd);
+    groups_.for_each_run(g, [&](auto count, int64_t j, int64_t i, int64_t n) __attribute__((always_inline)) {
+      Vec<A> weight[count], bias[count];
+      for (int v = 0; v < count; ++v) {
+        weight[v] = load(weights + i + v * W, n) + A(1);
+        bias[v] = load(biases + i + v * W, n);
       }
-      groups_.for_each_run(g, [&](auto count, int64_t j, int64_t i, int64_t n) __attribute__((always_inline)) {
-        Vec<A> weight[count], bias[count];
-        for (int v = 0; v < count; ++v) {
-          weight[v] = load(weights + i + v * W, n) + A(1);
-          bias[v] = load(biases + i + v * W, n);
-        }
-        for (int k = 0; k < steps_; ++k) {
-          const auto normed = [&](int v, Vec<A> x) __attribute__((always_inline)) {
-            const int64_t group = j + groups_.step(v);
-            x = (x - spread<A, P>(means_[k] + g, group)) * spread<A, P>(rstds_[k] + g, group);
-            return x * weight[v] + bias[v];
-          };
-          const T* x_row = x_[k] + i;
-          T* y_row = y_[k] + i;
-          if constexpr (count == 1) {
-            store(y_row, normed(0, load(x_row, n)), n);
-          } else {
-            for (int v = 0; v < count; v += 2) {
-              const Pair<A> x = load_pair(x_row + v * W);
-              put_pair(y_row + v * W, Pair<A>{{normed(v, x.v[0]), normed(v + 1, x.v[1])}}, past_);
-            }
+      for (int k = 0; k < steps_; ++k) {
+        const auto normed = [&](int v, Vec<A> x) __attribute__((always_inline)) {
+          const int64_t group = j + groups_.step(v);
+          x = (x - spread<A, P>(means_[k] + g, group)) * spread<A, P>(rstds_[k] + g, group);
+          return x * weight[v] + bias[v];
+        };
+        const T* x_row = x_[k] + i;
+        T* y_row = y_[k] + i;
+        if constexpr (count == 1) {
+          store(y_row, normed(0, load(x_row, n)), n);
+        } else {
+          for (int v = 0; v < count; v += 2) {
+            const Pair<A> x = load_pair(x_row + v * W);
+            put_pair(y_row + v * W, Pair<A>{{normed(v, x.v[0]), normed(v + 1, x.v[1])}}, past_);
           }
         }
-      });
-    }
-    steps_ = 0;
+      }
+    });
   }
 
   void finish(int64_t sequence) {
@@ -193,8 +221,10 @@ class ForwardTile {
   const A per_channel_;
   Groups<A, P> groups_;
   int64_t n_;
-  int steps_ = 0;  // whose outputs are to come
+  int steps_ = 0;        // that wait for their turn
+  double n_of_[kSteps];  // how many there were before
   int64_t tokens_[kSteps];
+  int64_t tokens_of_[kSteps];  // with the padded ones behind it, whose statistics are its own
   const T* x_[kSteps];
   T* y_[kSteps];
   alignas(64) double M_[kMaxGroups];

@@ -42,6 +42,11 @@ class BackwardTile {
         past_(leaves_caches<T, P>(args.sequences, args.D, args.K(), args.dx, first_channel())) {
     groups_.K = args.K();
     groups_.groups = item.groups;
+    weight_ = static_cast<const A*>(args.weight) + first_channel();
+    if constexpr (kArranged) {
+      groups_.arrange(weight_, groups_.channels(), arranged_);
+      weight_ = arranged_;
+    }
     for (int64_t begin : {first_channel(), args.D + first_channel()}) sums_.clear(begin, begin + groups_.channels());
     for (int k = 0; k < kSteps; ++k) {  // of groups that do not exist they stay 0
       std::memset(mean_[k], 0, groups_.blocks_end() * sizeof(A));
@@ -116,21 +121,18 @@ class BackwardTile {
 
   // The sums over the groups of u, u (x - M') and x - M'.
   void measure() {
-    const A* weight = static_cast<const A*>(args_.weight) + first_channel();
     for (int k = steps_ - 1; k >= 0; --k) {
       for (int64_t g = 0; g < groups_.groups; g += W) {
-        const A* mean = mean_[k] + g;
-        const Vecs<A, 3> sums =
-            groups_.template sum<3>(g, [&](auto v, auto j, int64_t i, int64_t n) __attribute__((always_inline)) {
-              using V = decltype(v);
-              const V dy = load_as<V>(dy_[k] + i, n);
-              const V u = dy * load_as<V>(weight + i, n) + dy;
-              const V d = difference<P, V>(x_[k] + i, mean, j, n);
-              return Sums<V, 3>{{u, u * d, d}};
-            });
-        store(shift_[k] + g, sums.v[0]);
-        store(slope_[k] + g, sums.v[1]);
-        store(drift_[k] + g, sums.v[2]);
+        const auto sums = [&](auto j, int64_t n, auto x, auto dy, auto weight) __attribute__((always_inline)) {
+          using V = decltype(x);
+          const V u = dy * weight + dy;
+          const V d = difference<P>(x, mean_[k] + g, j, n);
+          return Sums<V, 3>{{u, u * d, d}};
+        };
+        const Vecs<A, 3> total = groups_.template sum<3>(g, sums, x_[k], dy_[k], weight_);
+        store(shift_[k] + g, total.v[0]);
+        store(slope_[k] + g, total.v[1]);
+        store(drift_[k] + g, total.v[2]);
       }
     }
   }
@@ -227,9 +229,12 @@ class BackwardTile {
   const int64_t first_;  // the tile's first group
   const bool past_;
   Groups<A, P> groups_;
-  int64_t begin_;  // the sequence's first token
-  int64_t n_;      // after the step
-  int turns_ = 0;  // since the last flush
+  static constexpr bool kArranged = Groups<A, P>::template kEvensFirst<T>;
+  alignas(64) A arranged_[kArranged ? TimestepNormTiles::kChannels : 1];
+  const A* weight_;  // arranged for the sums
+  int64_t begin_;    // the sequence's first token
+  int64_t n_;        // after the step
+  int turns_ = 0;    // since the last flush
   int steps_;
   const T* dy_[kSteps];
   const T* x_[kSteps];

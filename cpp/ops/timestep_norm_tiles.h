@@ -8,11 +8,11 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// x minus the means of a block, as vector j of the block; 0 from lane n on.
-template <int P, class V, class T, class J>
-__attribute__((always_inline)) inline V difference(const T* x, const stat_t<T>* means, J j, int64_t n) {
-  const V d = load_as<V>(x, n) - spread<stat_t<T>, P, V>(means, j);
-  if constexpr (std::is_same_v<V, Vec<stat_t<T>>>) return first_lanes(d, n);
+// x, a vector of T or half of one, minus the means of a block, as vector j of the block; 0 from lane n on.
+template <int P, class V, class A, class J>
+__attribute__((always_inline)) inline V difference(V x, const A* means, J j, int64_t n) {
+  const V d = x - spread<A, P, V>(means, j);
+  if constexpr (std::is_same_v<V, Vec<A>>) return first_lanes(d, n);
   return d;
 }
 
