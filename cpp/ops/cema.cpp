@@ -32,19 +32,22 @@ struct State {
   State(A* memory, int64_t d, int64_t N) : hi(memory + d * N * 4), lo(hi + 2 * N * kLanes<A>) {}
 };
 
-// One block of one vector of channels. x, y: its first row.
+// One block of one vector of channels, from state 0 with `ahead` steps of x = 0 before the first. x, y: its first row.
 template <class T>
-void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables, int64_t steps, int64_t d, const T* x,
-                   T* y, State<stat_t<T>> state, Next<T> next) {
+void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables, int64_t ahead, int64_t steps,
+                   int64_t d, const T* x, T* y, State<stat_t<T>> state, Next<T> next) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
   alignas(64) A packed[kLongest * W], sums[kLongest * W], states[kLongest / kTile * kKept * 2 * W];
-  const int64_t lanes = args.D - d < W ? args.D - d : W, N = args.N, rest = steps % kTile;
-  const int64_t tiles = ceil_div(steps, kTile);
-  pack(x, args.D, lanes, steps, packed);
-  if (rest != 0) std::memset(packed + steps * W, 0, (kTile - rest) * W * sizeof(A));
+  const int64_t lanes = args.D - d < W ? args.D - d : W, N = args.N, rest = (ahead + steps) % kTile;
+  const int64_t tiles = ceil_div(ahead + steps, kTile);
+  std::memset(packed, 0, ahead * W * sizeof(A));
+  pack(x, args.D, lanes, steps, packed + ahead * W);
+  if (rest != 0) std::memset(packed + (ahead + steps) * W, 0, (kTile - rest) * W * sizeof(A));
   next.each = ceil_div(next.rows, ceil_div(N, kKept) * ceil_div(tiles, kTogether));
+  const TileStates block{tiles, kKept};
   const bool direct = lanes == W, past = next.out == nullptr;
+  const int64_t aside = ahead != 0 ? 0 : rest != 0 ? block.last() : -1;  // of tiles that are not whole, the first
   respond<A, kAhead>(tables.response(d), packed, tiles, sums);
   for (int64_t n = 0; n < N; n += kKept) {
     const TileStates of{tiles, N - n < kKept ? N - n : kKept};
@@ -55,11 +58,6 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
       A *hi = state.hi + 2 * (n + i) * W, *lo = state.lo + 2 * (n + i) * W;
       std::memcpy(end, hi, sizeof end);
       advance_block<A, kAhead, true, G>(table, packed, of.from(i), end, states, rest != 0);
-      if (rest != 0 && tables.powers != nullptr) {
-        finish_from_zeros<A, G>(table, tables.powers_of(d, n + i), packed + (steps - rest) * W, rest,
-                                states + of.from(i).at(tiles - 1) * W, of.stride(tiles - 1), hi);
-        return;
-      }
       if (rest != 0) {
         finish_tile<A, G>(table, tables.exact_q(d, n + i), packed + (steps - rest) * W, rest,
                           states + of.from(i).at(tiles - 1) * W, of.stride(tiles - 1), hi);
@@ -69,12 +67,14 @@ void forward_block(const CemaForward& args, const TileTables<stat_t<T>>& tables,
         carry(table + g * kRow * W, steps == K, end + 2 * g * W, hi, lo);
       }
     });
-    output_block<A, kAhead>(tables.row(d, n), states, of, sums, direct && n + of.group == N ? y : nullptr, args.D, past,
-                            rest != 0, [&] { next.fetch(); });
+    output_block<A, kAhead>(tables.row(d, n), states, of, sums,
+                            direct && n + of.group == N ? y - ahead * args.D : nullptr, args.D, past, aside,
+                            [&] { next.fetch(); });
   }
-  int64_t done = 0;
-  if (direct) done = rest == 0 ? steps : TileStates{tiles, kKept}.last() * kTile;
-  unpack(sums + done * W, args.D, lanes, steps - done, past, y + done * args.D);
+  if (direct && aside < 0) return;
+  const int64_t from = direct ? (ahead != 0 ? ahead : aside * kTile) : ahead;
+  const int64_t to = direct && ahead != 0 ? block.behind_first() * kTile : ahead + steps;
+  unpack(sums + from * W, args.D, lanes, to - from, past, y + (from - ahead) * args.D);
 }
 
 // Sequence i, the channels [d0, d1).
@@ -92,15 +92,17 @@ void forward_sequence(const CemaForward& args, const TileTables<stat_t<T>>& tabl
   }
   const int64_t all = args.sequences.tokens(), begin = args.sequences.begin(i), end = args.sequences.end(i);
   const bool past = goes_past_caches(all * args.D, args.D, y);
-  const int64_t block = tables.powers != nullptr && end - begin <= kLongest ? kLongest : K;
-  for (int64_t t = begin, steps; t < end; t += steps) {
-    steps = end - t < block ? end - t : block;
+  // From zeros steps of x = 0 lead to the first whole tile, and tiles are whole from there on.
+  int64_t ahead = args.h0 == nullptr ? round_up(end - begin, kTile) - (end - begin) : 0;
+  const int64_t block = args.h0 == nullptr && ahead + end - begin <= kLongest ? kLongest : K;
+  for (int64_t t = begin, steps; t < end; t += steps, ahead = 0) {
+    steps = std::min(end - t, block - ahead);
     for (int64_t d = d0; d < d1; d += W) {
       const int64_t row = t * args.D + d;
       const bool turn = d + W >= d1;  // the next block is the first channels', later: of the next sequence, maybe
       const int64_t later = turn ? row + steps * args.D + d0 - d : row + W, left = all - t - steps;
       const Next<T> next{x + later, nullptr, past ? nullptr : y + later, args.D, !turn ? steps : left < K ? left : K};
-      forward_block<T>(args, tables, steps, d, x + row, y + row, State<A>(states, d, args.N), next);
+      forward_block<T>(args, tables, ahead, steps, d, x + row, y + row, State<A>(states, d, args.N), next);
     }
   }
   const bool states_past = states_go_past(args, static_cast<const A*>(args.h));

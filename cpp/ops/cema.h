@@ -144,8 +144,7 @@ struct CemaForward : CemaShape {
   int64_t scan_bytes() const {
     const int64_t stat = size_of(stat_dtype(dtype));
     const int64_t channels = columns() * kColumn;
-    const int64_t of_segments =
-        sequences.packed ? channels * (most_short() + (kUnit + 2) * padded_pairs()) + wavelets() * 2 * (kTile - 1) : 0;
+    const int64_t of_segments = sequences.packed ? channels * (most_short() + (kUnit + 2) * padded_pairs()) : 0;
     return wavelets() * (kTableRow * stat + 2 * 8) + channels * kTile * stat + of_segments * stat +
            parts() * wavelets() * 4 * stat;
   }

@@ -105,7 +105,7 @@ void backward_block(const CemaBackward& args, const TileTables<stat_t<T>>& table
       add_products<A, G>(table, tables.powers_of(d, n + i), x, dy, h, M, of, i, scratch.sums_of(d, n + i));
     });
     output_block<A, kBack>(tables.row(d, n), M, of, dx, lanes == W && n + of.group == N ? dx_rows : nullptr, args.D,
-                           next.out == nullptr, false, [&] { next.fetch(); });
+                           next.out == nullptr, -1, [&] { next.fetch(); });
   }
   add_lags(x, dy, tiles, scratch.channels_of(d));
   if (lanes < W) unpack(dx, args.D, lanes, steps, false, dx_rows);

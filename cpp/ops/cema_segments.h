@@ -33,7 +33,7 @@ struct SegmentTables : TileTables<A> {
   A* place(void* workspace, const CemaShape& shape, int64_t most, bool zeros, bool backward) {
     const Sequences& sequences = shape.sequences;
     const bool several = zeros && sequences.packed && sequences.count > 1;
-    kernel = TileTables<A>::place(workspace, shape, backward || several);
+    kernel = TileTables<A>::place(workspace, shape, backward);
     int64_t few = kFew;
     for (int64_t i = 0; several && i < sequences.count; ++i) {
       const int64_t length = sequences.end(i) - sequences.begin(i);

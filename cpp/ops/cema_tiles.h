@@ -149,8 +149,9 @@ struct TileStates {
   int64_t stride(int64_t m) const { return m < whole() ? 2 * kTogether : 2; }
   TileStates from(int64_t wavelet) const { return {tiles, group, wavelet}; }
   int64_t whole() const { return tiles / kTogether * kTogether; }
-  // The first tile of those that are worked on last.
+  // The first tile of those that are worked on last; and the tile behind those worked on first.
   int64_t last() const { return whole() < tiles ? tiles - 1 : tiles - kTogether; }
+  int64_t behind_first() const { return whole() > 0 ? kTogether : 1; }
 };
 
 // Forward in time: the states from x. Backward (kBack): the adjoint states from dy, M <- q^T M + sum_i (g q^(i+1))
@@ -285,11 +286,11 @@ inline void output_tiles(const A* table, const A* states, int64_t group, const A
 }
 
 // Of all tiles of a block, from sums [steps, W] to the same, or to out, `step` elements from step to step, where that
-// is given; `cut`: those from of.last() on stay in sums.
+// is given; those worked on with tile `aside` stay in sums.
 // Calls after() now and then.
 template <class A, Direction kWay, class T, class After>
 inline void output_block(const A* table, const A* states, const TileStates& of, A* sums, T* out, int64_t step,
-                         bool past, bool cut, After&& after) {
+                         bool past, int64_t aside, After&& after) {
   constexpr int64_t W = kLanes<A>;
   const auto tiles = [&](auto together, int64_t m) {
     constexpr int M = together.value;
@@ -299,7 +300,7 @@ inline void output_block(const A* table, const A* states, const TileStates& of, 
       output_tiles<A, kWay, kPast.value, M, 0>(table, from, of.group, y, to, apart);
       output_tiles<A, kWay, kPast.value, M, kOutputs>(table, from, of.group, y, to, apart);
     };
-    if (out == nullptr || (cut && m == of.last())) {
+    if (out == nullptr || m == aside) {
       go(std::false_type{}, y, W);
     } else if (past) {
       go(std::true_type{}, out + m * kTile * step, step);
@@ -365,29 +366,6 @@ inline void finish_tile(const A* table, const double* q, const A* x, int64_t ste
   }
   for (int g = 0; g < G; ++g) {
     for (int64_t i = 0; i < kHalves; ++i) store_pair(end + 2 * g * W, W, i * kDoubles, state[g][i]);
-  }
-}
-
-// The same in A, of a segment that began with zeros: the one rounding of q^steps does not add up.
-template <class A, int G>
-inline void finish_from_zeros(const A* table, const A* powers, const A* x, int64_t steps, const A* h, int64_t stride,
-                              A* end) {
-  constexpr int64_t W = kLanes<A>;
-  Vec<A> re[G] = {}, im[G] = {};
-  for (int64_t j = 0; j < steps; ++j) {
-    const Vec<A> input = load(x + (steps - 1 - j) * W);
-    for (int g = 0; g < G; ++g) {
-      const A* in = table + (g * kRow + kEnter + 2 * j) * W;
-      re[g] = load(in) * input + re[g];
-      im[g] = load(in + W) * input + im[g];
-    }
-  }
-  for (int g = 0; g < G; ++g) {
-    const A *state = h + g * stride * W, *power = powers + (g * (kTile - 1) + steps - 1) * 2 * W;
-    const Complex<Vec<A>> more =
-        Complex<Vec<A>>{load(power), load(power + W)} * Complex<Vec<A>>{load(state), load(state + W)};
-    store(end + 2 * g * W, re[g] + more.re);
-    store(end + (2 * g + 1) * W, im[g] + more.im);
   }
 }
 
