@@ -41,6 +41,25 @@ def test_narrow_models_keep_sensitive_parameters(dtype: torch.dtype) -> None:
     assert model(random_tokens(2, 5)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_default_dtype_is_as_a_conversion_to_it(dtype: torch.dtype) -> None:
+    config, before = small_config(rescale_nffn=True), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model, norm = Megalodon(config), TimestepNorm(6, 3, prior_count=2)
+        tokens = random_tokens(2, 5)
+        model(tokens)[:, -1].sum().backward()
+        step, state = model(tokens[:, :1], model.init_state(2), return_state=True)
+    finally:
+        torch.set_default_dtype(before)
+    wanted = Megalodon(config).to(dtype).state_dict()
+    del wanted["rope.freqs"]  # rounded to float32 once, whatever the dtype
+    for name, tensor in wanted.items():
+        assert model.state_dict()[name].dtype == tensor.dtype, name
+    assert norm.prior_mean.dtype == norm.prior_logv.dtype == norm.to(dtype).weight.dtype
+    assert (state.dtype, step.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
+
+
 def test_narrowing_does_not_round_sensitive_values() -> None:
     model = small_model(dtype=torch.float32)
     before = model.layers[0].mega.cema.alpha.clone()

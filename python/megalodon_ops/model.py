@@ -115,8 +115,9 @@ class Megalodon(nn.Module):
     `load_state_dict` accepts a consolidated official checkpoint strictly; its `rope.freqs` and
     `prior_count` entries must agree with the config.
 
-    `.bfloat16()`, `.half()` and `.to(dtype)` leave CEMA, norms and gamma/beta in float32. Under
-    autocast the residual stream stays float32 and everything inside the layers is narrow.
+    `.bfloat16()`, `.half()`, `.to(dtype)` and a narrow default dtype leave CEMA, norms and
+    gamma/beta in float32. Under autocast the residual stream stays float32 and everything inside
+    the layers is narrow.
 
     Args:
         config: sizes and switches.

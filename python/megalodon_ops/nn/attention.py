@@ -15,7 +15,7 @@ from .cema import CEMA
 from .init import Linear
 from .norms import RMSNorm, TimestepNorm
 from .packing import Packing
-from .precision import KeepsPrecision, activation_dtype
+from .precision import KeepsPrecision, activation_dtype, wide_zeros
 
 
 class MegaAttention(KeepsPrecision):
@@ -53,8 +53,8 @@ class MegaAttention(KeepsPrecision):
         self.wr = Linear(dim, value_dim, bias=True, init_mode=mode)
         self.wh1 = Linear(dim, dim, bias=True, init_mode=mode)
         self.wh2 = Linear(value_dim, dim, bias=False, init_mode=mode)
-        self.gamma = nn.Parameter(torch.zeros(2, z_dim))
-        self.beta = nn.Parameter(torch.zeros(2, z_dim))
+        self.gamma = nn.Parameter(wide_zeros(2, z_dim))
+        self.beta = nn.Parameter(wide_zeros(2, z_dim))
         self.dropout = nn.Dropout(config.dropout)
         self.hidden_dropout = nn.Dropout(config.hidden_dropout)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .precision import KeepsPrecision
+from .precision import KeepsPrecision, wide_zeros
 
 
 class CEMA(KeepsPrecision):
@@ -25,11 +25,11 @@ class CEMA(KeepsPrecision):
         super().__init__()
         self.embed_dim = embed_dim
         self.ndim = ndim
-        self.alpha = nn.Parameter(torch.empty(embed_dim, ndim, 1))
-        self.delta = nn.Parameter(torch.empty(embed_dim, ndim, 1))
-        self.theta = nn.Parameter(torch.empty(embed_dim, 1, 1))
-        self.gamma = nn.Parameter(torch.empty(embed_dim, ndim, 2))
-        self.omega = nn.Parameter(torch.empty(embed_dim, 1))
+        self.alpha = nn.Parameter(wide_zeros(embed_dim, ndim, 1))
+        self.delta = nn.Parameter(wide_zeros(embed_dim, ndim, 1))
+        self.theta = nn.Parameter(wide_zeros(embed_dim, 1, 1))
+        self.gamma = nn.Parameter(wide_zeros(embed_dim, ndim, 2))
+        self.omega = nn.Parameter(wide_zeros(embed_dim, 1))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..functional import TimestepNormState
-from .precision import KeepsPrecision
+from .precision import KeepsPrecision, wide_zeros
 
 
 class TimestepNorm(KeepsPrecision):
@@ -53,15 +53,15 @@ class TimestepNorm(KeepsPrecision):
         self.num_groups = num_groups
         self.eps = eps
         self.initial_count = prior_count
-        self.weight = nn.Parameter(torch.zeros(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.weight = nn.Parameter(wide_zeros(num_features))
+        self.bias = nn.Parameter(wide_zeros(num_features))
         self.register_buffer("prior_count", torch.tensor(prior_count, dtype=torch.int64))
         if prior_count > 0:
-            self.prior_mean = nn.Parameter(torch.zeros(num_groups))
-            self.prior_logv = nn.Parameter(torch.zeros(num_groups))
+            self.prior_mean = nn.Parameter(wide_zeros(num_groups))
+            self.prior_logv = nn.Parameter(wide_zeros(num_groups))
         else:
-            self.register_buffer("prior_mean", torch.zeros(num_groups))
-            self.register_buffer("prior_logv", torch.zeros(num_groups))
+            self.register_buffer("prior_mean", wide_zeros(num_groups))
+            self.register_buffer("prior_logv", wide_zeros(num_groups))
 
     def forward(
         self,
@@ -121,7 +121,7 @@ class RMSNorm(KeepsPrecision):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.weight = nn.Parameter(wide_zeros(num_features)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D), any floating dtype -> y of the same shape and dtype."""
@@ -141,8 +141,8 @@ class LayerNorm(KeepsPrecision):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.weight = nn.Parameter(wide_zeros(num_features)) if affine else None
+        self.bias = nn.Parameter(wide_zeros(num_features)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D), any floating dtype -> y of the same shape and dtype."""

@@ -35,6 +35,11 @@ class KeepsPrecision(nn.Module):
         return self
 
 
+def wide_zeros(*shape: int) -> Tensor:
+    """Zeros for such a module's own parameter: of the default dtype, where that is not narrow."""
+    return torch.zeros(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+
+
 def activation_dtype(x: Tensor) -> torch.dtype:
     """The dtype of what a linear layer makes of x: autocast's where that is on, else x's own.
 
