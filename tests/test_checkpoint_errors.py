@@ -14,9 +14,10 @@ import pytest
 import torch
 from small_model import assert_same, small_config, wide_model
 
-pytest.importorskip("safetensors.torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from megalodon_ops import load_checkpoint, save_checkpoint
+from megalodon_ops import load_checkpoint, save_checkpoint  # noqa: E402
+from megalodon_ops.checkpoint import FILE_NAME, FORMAT  # noqa: E402
 
 
 class Evil:
@@ -158,6 +159,8 @@ def test_a_wrong_number_of_shards_is_found_by_the_shapes(tmp_path: Path) -> None
     [
         ({"num_layers": 3}, "num_layers: the configuration has 3; the weights have 2"),
         ({"num_layers": 10**9}, "num_layers: the configuration has 1000000000; .* have 2"),
+        ({"model_dim": 2**30}, "model_dim: the configuration has 1073741824; embed.weight has 16"),
+        ({"model_dim": 2**40}, "sizes of no tensor: .* overflowed with sizes=.1099511627776, "),
         ({"vocab_size": 12}, "vocab_size: the configuration has 12; embed.weight has 11"),
         ({"z_dim": 24}, r"z_dim: the configuration has 24; .*wz.weight has 16"),
         ({"cema_ndim": 4}, "cema_ndim: the configuration has 4; .* has 3"),
@@ -180,6 +183,21 @@ def test_a_configuration_that_contradicts_the_weights(
     values["model"] |= change
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message) as caught:
+        load_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["config.json", "consolidate_config.json", "config", "settings"])
+def test_json_that_is_nested_too_deep(tmp_path: Path, place: str) -> None:
+    folder, nested = tmp_path / "model", "[" * 100_000
+    if place.endswith(".json"):
+        save_checkpoint(wide_model(), folder)
+        (folder / place).write_text(nested)
+    else:
+        folder.mkdir()
+        about = {"format": FORMAT, "version": "1", "config": "{}", "settings": "{}", place: nested}
+        safetensors_torch.save_file({}, folder / FILE_NAME, about)
+    with pytest.raises(ValueError, match=r"(not JSON|cannot be read): .*recursion") as caught:
         load_checkpoint(folder)
     assert str(folder) in str(caught.value)
 

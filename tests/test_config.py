@@ -63,6 +63,7 @@ def test_official_defaults() -> None:
         ({"norm_num_groups": 5}, ValueError, "norm_num_groups: wanted a divisor .*= 12; got 5"),
         ({"norm_num_groups": 12}, ValueError, "norm_num_groups: .*at most 6 .*got 12"),
         ({"chunk_size": 0}, ValueError, "chunk_size: wanted an int >= 1; got 0"),
+        ({"chunk_size": 2**63}, ValueError, r"chunk_size: wanted an int < 2\^63; got 922337203685"),
         ({"num_layers": -1}, ValueError, "num_layers: wanted an int >= 1; got -1"),
         ({"num_layers": True}, TypeError, r"num_layers: wanted an int; got True \(bool\)"),
         ({"model_dim": 12.0}, TypeError, r"model_dim: wanted an int; got 12.0 \(float\)"),

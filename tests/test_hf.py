@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,16 @@ def test_loading_is_strict(tmp_path: Path) -> None:
         loading({key: value for key, value in weights.items() if key != name})
     with pytest.raises(ValueError, match=r"unexpected keys: model\.odd"):
         loading(weights | {"model.odd": torch.zeros(1)})
-    with pytest.raises((ValueError, RuntimeError), match=r"mismatch|size"):
+    with pytest.raises(ValueError, match=r"mismatch|size"):
         loading(weights | {name: torch.zeros(3, 12)})
+    with pytest.raises(ValueError, match="overflow"):
+        loading(weights, model_dim=3 * 2**40)
     with pytest.raises(ValueError, match=r"rope_base about 10000; the config has rope_base = 5"):
         loading(weights, rope_base=5.0)
+    config.write_text("[" * 100_000)
+    for load in (MegalodonForCausalLM.from_pretrained, load_checkpoint):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            load(tmp_path)
 
 
 def test_a_model_can_be_made_from_a_configuration_alone() -> None:

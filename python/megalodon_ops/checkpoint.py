@@ -234,7 +234,7 @@ def _read_metadata(file: Path, metadata: dict[str, str]) -> tuple[MegalodonConfi
         settings = json.loads(metadata["settings"])
         if not isinstance(settings, dict):
             raise TypeError(f"settings: wanted an object; got {type(settings).__name__}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: its header cannot be read: {error}") from error
     if version > VERSION:
         raise ValueError(
@@ -251,8 +251,11 @@ def build(config: MegalodonConfig, tensors: Mapping[str, Tensor], name: str) -> 
     """
     _fit.check_layers(config, tensors, name)
     # Without memory of its own, so that loading needs room for one set of weights.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = Megalodon(config)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = Megalodon(config)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: the configuration has sizes of no tensor: {error}") from error
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     problems = _fit.differences(shapes, tensors, config)
     if not problems:

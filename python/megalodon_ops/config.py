@@ -275,6 +275,8 @@ def _require_size(name: str, value: object) -> None:
         raise TypeError(f"{name}: wanted an int; got {_shown(value)}")
     if value < 1:
         raise ValueError(f"{name}: wanted an int >= 1; got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: wanted an int < 2^63; got {value}")
 
 
 _MEGA_1_3B = {

@@ -219,7 +219,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: wanted an object; got {type(values).__name__}")

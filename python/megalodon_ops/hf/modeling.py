@@ -125,12 +125,17 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
         """As transformers' own, but strict.
 
         Raises:
-            ValueError: a weight is missing or unexpected, or `rope.freqs` or `prior_count`
-                contradict the configuration.
+            ValueError: a weight is missing, unexpected or of another shape, `rope.freqs` or
+                `prior_count` contradict the configuration, or that cannot be read.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         where = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # also RecursionError, of a JSON file that is nested too deep
+            raise ValueError(f"{where}: {error}") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(kind):
                 names = ", ".join(sorted(map(str, info[kind])))

@@ -37,7 +37,8 @@ class CEMA(KeepsPrecision):
         """The released code's initialisation."""
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)
-        self.theta.copy_(_initial_theta(self.embed_dim).view(-1, 1, 1))
+        if not self.theta.is_meta:
+            self.theta.copy_(_initial_theta(self.embed_dim).view(-1, 1, 1))
         nn.init.normal_(self.gamma[..., 0], std=1.0)
         nn.init.zeros_(self.gamma[..., 1])
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
