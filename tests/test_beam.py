@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from prompts import GREEDY, next_logits, prompt
 from small_model import small_model
 
-from megalodon_ops.beam import beam_search
+from megalodon_ops.beam import _Search, beam_search
 from megalodon_ops.generation import generate
 from megalodon_ops.model import Megalodon
+from megalodon_ops.stopping import Stops
 
 
 def all_continuations(
@@ -43,6 +45,17 @@ def test_enough_beams_find_the_best(penalty: float) -> None:
         assert hypothesis.finish == ("stop" if ended else "length")
         assert hypothesis.log_probability == pytest.approx(value)
         assert hypothesis.score == pytest.approx(value / len(tokens) ** penalty)
+
+
+def test_no_continuation_is_found_twice_where_all_are_equal() -> None:
+    """The first in number are taken. Stops among them make room: more are asked for, repeatedly."""
+    stops = Stops([[token] for token in range(4, 60)], None, 64)
+    search = _Search(small_model(vocab_size=64), stops, 8, 3.0, 1, 3)
+    goes_on = [*range(4), *range(60, 64)]
+    assert search._step(torch.zeros(1, 64), 1) == ([0] * 8, goes_on)
+    assert search._step(torch.zeros(8, 64), 2) == ([0] * 8, goes_on)
+    assert [beam.tokens for beam in search._live] == [[0, token] for token in goes_on]
+    assert sorted(h.tokens for h in search._done) == [[]] * 56 + [[0]] * 56
 
 
 def test_beams() -> None:

@@ -57,8 +57,9 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Continue each prompt by beam search, one prompt after the other.
 
-    At every step the `beams` best unfinished continuations stay; where their order changes, so do
-    the rows of the state (one copy of it). With one beam it is greedy decoding.
+    At every step the `beams` best unfinished continuations stay, of equal ones the first by number;
+    where their order changes, so do the rows of the state (one copy of it). With one beam it is
+    greedy decoding.
 
     Args:
         model: in eval mode, if it has any dropout.
@@ -150,7 +151,7 @@ class _Search:
         seen, wanted = 0, 0
         while len(self._live) < self._count and seen < len(flat):
             wanted = min(len(flat), max(2 * wanted, 2 * self._count))
-            values, indices = flat.topk(wanted)
+            values, indices = _likeliest(flat, wanted)
             pairs = list(zip(values.tolist(), indices.tolist(), strict=True))[seen:]
             seen = wanted
             for value, index in pairs:
@@ -187,3 +188,12 @@ class _Search:
             return False
         highest = self._live[0].log_probability
         return best[-1].score >= max(self._score(highest, n) for n in (length + 1, self._limit))
+
+
+def _likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest values (of a vector) and their indices, equal ones by index: the first `count` of
+    one order, whatever the count. Two calls of topk may choose among equals in two ways."""
+    lowest = values.topk(count).values[-1]
+    indices = (values >= lowest).nonzero().squeeze(1)
+    ordered, places = values[indices].sort(descending=True, stable=True)
+    return ordered[:count], indices[places[:count]]
