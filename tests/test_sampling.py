@@ -131,7 +131,7 @@ def test_repetition_penalty_of_a_session() -> None:
 
 def test_bad_sampling() -> None:
     for field, value, wanted in (
-        ("temperature", -1.0, "temperature must be 0 or more; got -1.0"),
+        ("temperature", -1.0, "temperature must be 0 or more, and finite; got -1.0"),
         ("temperature", math.nan, "temperature must be"),
         ("top_k", -1, "top_k must be"),
         ("top_p", 0.0, "top_p must be above 0 and at most 1; got 0.0"),

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from prompts import GREEDY, WARM, prompt
-from small_model import small_model
+from small_model import VOCAB, small_model
 
 from megalodon_ops import _files
 from megalodon_ops.generation import generate
 from megalodon_ops.sampling import Sampling
-from megalodon_ops.session import Session
+from megalodon_ops.session import Event, Session
 
 
 def run(session: Session, steps: int) -> dict[int, list[int]]:
@@ -65,6 +65,62 @@ def test_rows_join_leave_and_read_on() -> None:
     assert said[first[1]] == want + run(alone, 4)[row]
     with pytest.raises(ValueError, match=r"row: wanted one of \[1, 2\]; got 0"):
         session.remove(first[0])
+
+
+def test_what_is_read_in_between_ends_a_match(tmp_path: Path) -> None:
+    """A stop sequence is one of what is said: neither its parts on both sides of something read nor
+    what was said and that together are one. What was held comes before what is said next."""
+    model, path = small_model(), tmp_path / "session"
+
+    def said(session: Session, *steps: list[int]) -> list[Event]:
+        events = []
+        for tokens in steps:
+            if tokens[:-1]:
+                session.extend(0, tokens[:-1])
+            session._logits = torch.full((1, VOCAB), -1e9)
+            session._logits[0, tokens[-1]] = 0.0
+            events += session.step()
+        return events
+
+    for resumed in (False, True):
+        session = Session(model, GREEDY, stop=[(1, 2), (3, 4, 5)])
+        session.add([[7]])
+        assert said(session, [1]) == [Event(0, ())]
+        if resumed:
+            session.save(path)
+            session = Session.load(path, model)
+        assert said(session, [9, 9, 2]) == [Event(0, (1, 2))]
+        assert said(session, [3], [4]) == [Event(0, ()), Event(0, ())]
+        session.extend(0, [9])
+        if resumed:
+            session.save(path)
+            session = Session.load(path, model)
+        assert session.flush(0) == (3, 4)
+        assert said(session, [9, 5], [1], [2]) == [
+            Event(0, (5,)), Event(0, ()), Event(0, (), "stop", (1, 2)),
+        ]  # fmt: skip
+
+
+def test_a_row_may_stay_when_it_has_finished(tmp_path: Path) -> None:
+    """It goes on behind its stop sequence as one without stops does, saved or not."""
+    model, path = small_model(), tmp_path / "session"
+    prompts, plain = [prompt(5), prompt(3)], Session(model, WARM)
+    plain.add(prompts, seed=[4, 5])
+    wanted = run(plain, 60)
+    for length in (1, 2, 3):
+        stopping, stops = Session(model, WARM, stop=[wanted[0][3 : 3 + length]]), 0
+        stopping.add(prompts, seed=[4, 5])
+        told: dict[int, list[int]] = {0: [], 1: []}
+        for _ in range(60):
+            events = stopping.step(leave=False)
+            for event in events:
+                told[event.row] += (*event.tokens, *(event.stop or ()))
+            if any(event.finish == "stop" for event in events):
+                stops += 1
+                stopping.save(path)
+                stopping = Session.load(path, model)
+        assert stops > 0
+        assert {row: told[row] + list(stopping.flush(row)) for row in stopping.rows} == wanted
 
 
 def test_a_saved_session_may_take_other_options(tmp_path: Path) -> None:

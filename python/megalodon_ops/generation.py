@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from ._prefill import DEFAULT_PIECE, Prompt
 from .model import Megalodon
-from .sampling import Sampling
-from .session import Event, Session, TokenBytes, seeds_of
+from .sampling import Sampling, seeds_of
+from .session import Event, Session, TokenBytes
 from .stopping import Stop
 
 

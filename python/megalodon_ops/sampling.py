@@ -45,7 +45,7 @@ class Sampling:
             kinds = (int,) if field.type == "int" else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise TypeError(f"{field.name} must be a {field.type}; got {value!r}")
-        self._require("temperature", 0 <= self.temperature < math.inf, "0 or more")
+        self._require("temperature", 0 <= self.temperature < math.inf, "0 or more, and finite")
         self._require("top_k", self.top_k >= 0, "0 (all) or more")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
@@ -80,6 +80,27 @@ class History:
             self.add(tokens[-self.recent.maxlen :].tolist())
         else:
             self.counts += torch.bincount(tokens, minlength=len(self.counts))
+
+
+def seeds_of(seed: int | Sequence[int], rows: int) -> list[int]:
+    """The seed of each row: seed + i, or the i-th of a sequence."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return [seed + i for i in range(rows)]
+    if not isinstance(seed, Iterable):
+        raise TypeError(f"seed: wanted an int, or one per prompt; got {seed!r}")
+    seeds = list(seed)
+    if len(seeds) != rows:
+        raise ValueError(f"seed: wanted one int, or {rows} (one per prompt); got {len(seeds)}")
+    return seeds
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A row's random generator, of that seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: wanted an int; got {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: wanted 0 to 2^63 - 1; got {seed}")
+    return torch.Generator().manual_seed(seed)
 
 
 def sample(

@@ -16,7 +16,7 @@ from . import _files
 from ._prefill import DEFAULT_PIECE, Prompt, prefill
 from .decoding import Decoder
 from .model import Megalodon
-from .sampling import History, Sampling, sample
+from .sampling import History, Sampling, generator_of, sample, seeds_of
 from .state import MegalodonState
 from .stopping import Fed, Matcher, Stop, Stops
 
@@ -61,6 +61,12 @@ class _Row:
         if self.early:
             event, self.early = event._replace(tokens=self.early + event.tokens), ()
         return event
+
+    def flush(self) -> tuple[int, ...]:
+        """The tokens that no event has told; none of them is a stop sequence's beginning now."""
+        held = () if self.matcher is None else self.matcher.flush()
+        tokens, self.early = self.early + held, ()
+        return tokens
 
     def _next(self, token: int) -> Event:
         self.made += 1
@@ -144,7 +150,7 @@ class Session:
         """
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: wanted None or 1 or more; got {max_new_tokens}")
-        generators = [_generator(s) for s in seeds_of(seed, len(prompts))]
+        generators = [generator_of(s) for s in seeds_of(seed, len(prompts))]
         rows = [
             _Row(self._next_number + i, generator, max_new_tokens, 0, self._matcher(), self._past())
             for i, generator in enumerate(generators)
@@ -160,10 +166,15 @@ class Session:
 
     @torch.inference_mode()
     def extend(self, row: int, prompt: Prompt) -> None:
-        """Let one row read more tokens, after those it has read and said."""
+        """Let one row read more tokens, after those it has read and said.
+
+        They end a match that has begun: stop sequences are found in what is said without a break.
+        Tokens that were held for it come with the row's next event, or from `flush` before that.
+        """
         index = self._index(row)
         old = self._advance()
         logits, state = self._read([self._rows[index]], [prompt], self._current().select(index))
+        self._rows[index].early = self._rows[index].flush()
         if len(self._rows) > 1:
             parts = [self._current().select(i) for i in range(len(self._rows))]
             parts[index] = state
@@ -173,13 +184,12 @@ class Session:
 
     def seed(self, row: int, seed: int) -> None:
         """Give one row the random generator of another seed."""
-        self._rows[self._index(row)].generator = _generator(seed)
+        self._rows[self._index(row)].generator = generator_of(seed)
 
     def flush(self, row: int) -> tuple[int, ...]:
         """One row's tokens that are held back as a stop sequence's possible beginning: they are
         given out, and no longer count as one."""
-        matcher = self._rows[self._index(row)].matcher
-        return () if matcher is None else matcher.flush()
+        return self._rows[self._index(row)].flush()
 
     def remove(self, row: int) -> None:
         """Let one row leave."""
@@ -187,8 +197,11 @@ class Session:
         self._keep([i for i in range(len(self._rows)) if i != index])
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
-        """Draw one token for every row, in one call of the model; finished rows leave."""
+    def step(self, *, leave: bool = True) -> list[Event]:
+        """Draw one token for every row, in one call of the model; finished rows leave.
+
+        leave=False lets them stay, to be saved or extended: they go on behind a stop sequence.
+        """
         rows = self._rows
         if not rows:
             return []
@@ -201,7 +214,7 @@ class Session:
             self._tokens.fill_(drawn[0])
         else:
             self._tokens = torch.tensor(drawn, device=logits.device).unsqueeze(1)
-        if any(event.finish for event in events):
+        if leave and any(event.finish for event in events):
             self._keep([i for i, event in enumerate(events) if event.finish is None])
         return events
 
@@ -394,21 +407,3 @@ class Session:
         return _Row(
             entry["number"], generator, entry["limit"], entry["made"], matcher, history, early
         )
-
-
-def _generator(seed: int) -> torch.Generator:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: wanted an int; got {seed!r}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: wanted 0 to 2^63 - 1; got {seed}")
-    return torch.Generator().manual_seed(seed)
-
-
-def seeds_of(seed: int | Sequence[int], rows: int) -> list[int]:
-    """The seed of each row: seed + i, or the i-th of a sequence."""
-    if isinstance(seed, int):
-        return [seed + i for i in range(rows)]
-    seeds = list(seed)
-    if len(seeds) != rows:
-        raise ValueError(f"seed: wanted one int, or {rows} (one per prompt); got {len(seeds)}")
-    return seeds

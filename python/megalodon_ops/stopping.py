@@ -140,7 +140,8 @@ class Matcher:
             yield self._held.popleft().token
 
     def _cut(self, start: int, index: int) -> Fed:
-        """The held tokens before a sequence that begins at `start` (of its own kind)."""
+        """The held tokens before a sequence that begins at `start` (of its own kind), after which
+        the matcher begins anew."""
         sequence = self._stops.given[index]
         by_bytes = isinstance(sequence, bytes)
         tokens, rest = [], b""
@@ -150,7 +151,7 @@ class Matcher:
                     rest = held.data[: max(0, start - (held.byte_end - len(held.data)))]
                 break
             tokens.append(held.token)
-        self._held.clear()
+        self.flush()
         return Fed(tuple(tokens), sequence, rest)
 
 
