@@ -77,3 +77,8 @@ def test_beams() -> None:
         beam_search(model, starts, 4, beams=2, results=3)
     with pytest.raises(ValueError, match="beams: wanted 1 or more; got 0"):
         beam_search(model, starts, 4, beams=0)
+    for penalty in (2000.0, -2000.0, 500.0):
+        with pytest.raises(ValueError, match=rf"length_penalty: wanted .* 9; got {penalty}"):
+            beam_search(model, starts, 9, length_penalty=penalty)
+    assert beam_search(model, starts, 9, length_penalty=300.0)[0][0].score < 0
+    assert beam_search(model, starts, 1, length_penalty=2000.0)[0][0].score < 0

@@ -74,6 +74,32 @@ def test_stop_and_saved_states(
     assert more == generated(capfdbinary, *again, "--prompt", " 7", "--temperature", 0, "--seed", 9)
 
 
+def test_a_state_goes_on_behind_the_stop_sequence(
+    trained: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    state = tmp_path / "state"
+    begin = ["--checkpoint", trained, "--prompt", "line", "--seed", 3, "--max-new-tokens"]
+    model, _ = load_model(trained)
+    session = Session(model, Sampling())
+    session.add([b"line"], seed=3)
+    tokens = bytes(token for _ in range(40) for token in session.step()[0].tokens)
+    stop = next(tokens[i : i + 2] for i in range(3, 38) if tokens[i : i + 2].isascii())
+    end = tokens.index(stop) + 2
+    options = ["--stop", stop.decode(), "--save-state", state]
+    said = generated(capfdbinary, *begin, 40, *options)
+    assert said.decode() == "line" + tokens[: end - 2].decode(errors="replace") + "\n"
+    again = ["--checkpoint", trained, "--load-state", state, "--max-new-tokens"]
+    rest = generated(capfdbinary, *again, 40 - end, "--stop", "never")
+    assert rest.decode() == tokens[end:].decode(errors="replace") + "\n"
+
+    # What is held when the state is saved is shown before a prompt that is read then.
+    generated(capfdbinary, *begin, end - 1, *options)
+    more = generated(capfdbinary, *again, 1, "--prompt", "[more]")
+    assert more.startswith(stop[:1] + b"[more]")
+    # It is still one half of the sequence where nothing is read in between.
+    assert generated(capfdbinary, *again, 40) == b"\n"
+
+
 def test_ctrl_c_saves_the_state(trained: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     process = start(
@@ -98,6 +124,22 @@ def test_beams(trained: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None
     assert b"log probability -" in output.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--seed", 2**63], "Invalid value for '--seed'"),
+        (["--beams", 2, "--length-penalty", "nan"], "length_penalty: wanted a finite number"),
+        (["--beams", 3, "--length-penalty", -2000], "length_penalty: wanted a power that"),
+        (["--temperature", "inf"], "--temperature must be 0 or more, and finite; got inf"),
+    ],
+)
+def test_bad_arguments(
+    trained: Path, capfd: pytest.CaptureFixture[str], arguments: list[object], wanted: str
+) -> None:
+    code = cli.main(["generate", "--checkpoint", str(trained), *map(str, arguments)])
+    assert wanted in one_line(capfd, code)
+
+
 def test_bad_state_files(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     state = tmp_path / "state"
     base = ["generate", "--checkpoint", str(trained), "--load-state", str(state)]
@@ -116,7 +158,7 @@ def test_characters_are_printed_when_complete(
 ) -> None:
     wanted = "é€😀".encode()
     tokens = iter([*wanted, 0xFF, *b"a", 0xE2, 0x82])
-    monkeypatch.setattr(Session, "step", lambda self: [Event(0, (next(tokens),))])
+    monkeypatch.setattr(Session, "step", lambda self, leave: [Event(0, (next(tokens),))])
     out = generated(capfdbinary, "--checkpoint", trained, "--no-echo", "--max-new-tokens", 13)
     assert out.decode() == "é€😀\ufffda\ufffd\n"
 

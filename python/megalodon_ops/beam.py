@@ -15,6 +15,8 @@ from .session import TokenBytes
 from .state import MegalodonState
 from .stopping import Matcher, Stop, Stops
 
+_LARGEST_EXPONENT = 700.0  # e to this power, or its negative, is a float64
+
 
 @dataclass
 class Hypothesis:
@@ -88,6 +90,11 @@ def beam_search(
             raise ValueError(f"{name}: wanted 1 or more{top}; got {value}")
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: wanted a finite number; got {length_penalty}")
+    if abs(length_penalty) * math.log(max_new_tokens) > _LARGEST_EXPONENT:
+        raise ValueError(
+            f"length_penalty: wanted a power that float64 holds of max_new_tokens = "
+            f"{max_new_tokens}; got {length_penalty}"
+        )
     if model.training and model.config.any_dropout:
         raise ValueError("the model is in training mode, with dropout: call model.eval()")
     stops = Stops(stop, token_bytes, model.config.vocab_size)

@@ -162,7 +162,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given several times.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, show_default="random")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, show_default="random")] = None,
     beams: Annotated[
         int, typer.Option(min=0, help="Search the likeliest text with so many beams; 0: draw.")
     ] = 0,

@@ -117,6 +117,8 @@ def run(model: Megalodon, request: Request, tokenizer: Tokenizer = BYTES) -> int
     """Generate and print; returns the exit code. Raises CommandError and OSError."""
     try:
         return _run(model, request, tokenizer)
+    except ValueError as error:  # an argument, a state or a model that does not fit
+        raise CommandError(str(error)) from error
     except BrokenPipeError:
         # The reader (`| head`) has enough. Python must not fail once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -128,30 +130,31 @@ def _run(model: Megalodon, request: Request, tokenizer: Tokenizer) -> int:
     seed = request.seed
     if seed is None and request.load_state is None:
         seed = int.from_bytes(os.urandom(4), "little")
+    session = _session(model, request, tokenizer, seed)
 
     def echoed() -> Iterator[bytes]:
         for piece in request.pieces():
+            # What a loaded state held for a stop sequence was said before this.
+            for row in session.rows:
+                text.show(tokenizer.decode(session.flush(row)))
             if request.echo:
                 text.show(piece)
             yield piece
 
     def tokens() -> Iterator[Sequence[int]]:
-        try:
-            for part in tokenizer.stream(echoed()):
-                clock.prompt_tokens += len(part)
-                yield part
-            if not clock.prompt_tokens and request.load_state is None:
-                yield tokenizer.encode(EMPTY_PROMPT)
-        except ValueError as error:  # a byte that the tokenizer has no token for
-            raise CommandError(str(error)) from error
+        for part in tokenizer.stream(echoed()):
+            clock.prompt_tokens += len(part)
+            yield part
+        if not clock.prompt_tokens and request.load_state is None:
+            yield tokenizer.encode(EMPTY_PROMPT)
 
     begin = time.perf_counter()
     if request.beams:
         return _search(model, request, tokenizer, tokens(), text)
-    session = _session(model, request, tokenizer, seed, tokens())
+    _read(session, tokens(), 0 if seed is None else seed)
     clock.prompt_seconds = time.perf_counter() - begin
     interrupted = _stream(session, request, tokenizer, text, clock)
-    if request.save_state is not None and session.rows:
+    if request.save_state is not None:
         session.save(request.save_state)
     text.close()
     if request.timing:
@@ -165,42 +168,37 @@ def _run(model: Megalodon, request: Request, tokenizer: Tokenizer) -> int:
     return EXIT_INTERRUPTED if interrupted else 0
 
 
-def _session(
-    model: Megalodon,
-    request: Request,
-    tokenizer: Tokenizer,
-    seed: int | None,
-    prompt: Iterator[Sequence[int]],
-) -> Session:
-    """A session of one row that has read the prompt."""
+def _session(model: Megalodon, request: Request, tokenizer: Tokenizer, seed: int | None) -> Session:
+    """A session without a row, or of the one row of a loaded state."""
     if request.load_state is None:
-        session = Session(
+        return Session(
             model,
             Sampling(**request.sampling),
             stop=request.stop,
             token_bytes=tokenizer.token_bytes,
         )
-        session.add([prompt], 0 if seed is None else seed)
-        return session
-    try:
-        session = Session.load(
-            request.load_state,
-            model,
-            request.sampling,
-            stop=request.stop or None,
-            token_bytes=tokenizer.token_bytes,
-        )
-        if len(session.rows) != 1:
-            raise ValueError(f"{request.load_state}: holds {len(session.rows)} rows; wanted one")
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    row = session.rows[0]
+    session = Session.load(
+        request.load_state,
+        model,
+        request.sampling,
+        stop=request.stop or None,
+        token_bytes=tokenizer.token_bytes,
+    )
+    if len(session.rows) != 1:
+        raise ValueError(f"{request.load_state}: holds {len(session.rows)} rows; wanted one")
     if seed is not None:
-        session.seed(row, seed)
+        session.seed(session.rows[0], seed)
+    return session
+
+
+def _read(session: Session, prompt: Iterator[Sequence[int]], seed: int) -> None:
+    """Let the session's row read the prompt, or a first row, of that seed."""
+    if not session.rows:
+        session.add([prompt], seed)
+        return
     first = next(prompt, None)
     if first is not None:
-        session.extend(row, _chained(first, prompt))
-    return session
+        session.extend(session.rows[0], _chained(first, prompt))
 
 
 def _chained(first: Sequence[int], rest: Iterator[Sequence[int]]) -> Iterator[Sequence[int]]:
@@ -215,15 +213,17 @@ def _stream(
     limit = request.max_new_tokens
     with _ctrl_c(deferred=request.save_state is not None) as asked:
         try:
-            while session.rows and (limit is None or clock.tokens < limit) and not asked:
+            while (limit is None or clock.tokens < limit) and not asked:
                 begin = time.perf_counter()
-                event = session.step()[0]
+                event = session.step(leave=False)[0]
                 clock.tokens += 1
                 clock.seconds += time.perf_counter() - begin
                 text.show(tokenizer.decode(event.tokens) + event.rest)
+                if event.finish is not None:
+                    break
         except KeyboardInterrupt:
             return True
-    if session.rows and request.save_state is None:
+    if request.save_state is None:
         text.show(tokenizer.decode(session.flush(session.rows[0])))
     return bool(asked)
 
