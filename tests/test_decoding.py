@@ -133,6 +133,12 @@ def test_bad_tokens_change_nothing(tokens: Tensor, error: type[Exception], messa
         assert torch.equal(a, b)
 
 
+def test_tokens_that_are_no_tensor() -> None:
+    model = small_model()
+    with pytest.raises(TypeError, match=r"Decoder: tokens: wanted a torch\.Tensor; got list"):
+        model.decoder(model.init_state(2))([[1], [2]])  # type: ignore[arg-type]
+
+
 def test_a_state_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="state: config"):
         small_model().decoder(small_model(chunk_size=3).init_state(1))

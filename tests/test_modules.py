@@ -155,6 +155,11 @@ def test_timestep_norm_prior() -> None:
         TimestepNorm(4, 3)
 
 
+def test_a_timestep_norm_state_of_two() -> None:
+    with pytest.raises(ValueError, match=r"state must be \(count, mean, var\); got 2 of them"):
+        TimestepNorm(6, 3)(torch.ones(1, 2, 6), torch.zeros(2, 1, 3).unbind())
+
+
 def test_shared_embedding() -> None:
     model = small_model(share_emb=True)
     names = {n for n, _ in model.named_parameters()}

@@ -60,9 +60,12 @@ class Decoder:
             logits (B, 1, V), float32 (float64 for a float64 model). The next call overwrites them.
 
         Raises:
+            TypeError: tokens is not a tensor.
             ValueError: tokens has the wrong dtype, shape or device.
             IndexError: a token is out of range (tokens on the CPU).
         """
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"Decoder: tokens: wanted a torch.Tensor; got {type(tokens).__name__}")
         if tokens.shape != (self._rows, 1) or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"Decoder: tokens: wanted int64 or int32 ({self._rows}, 1), the state's rows; got "

@@ -282,6 +282,10 @@ def timestep_norm(
 
     Source: section 3.2 of the paper.
     """
+    if state is not None and len(state) != 3:
+        raise ValueError(
+            f"timestep_norm: state must be (count, mean, var); got {len(state)} of them"
+        )
     count, mean, var = (None, None, None) if state is None else state
     y, count, mean, var, _, _ = _ops.timestep_norm(
         x, weight, bias, num_groups, eps, count, mean, var, padding_mask, cu_seqlens
