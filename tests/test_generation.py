@@ -14,6 +14,7 @@ from rows import assert_same_state
 from small_model import random_tokens, small_model
 
 from megalodon_ops._prefill import prefill
+from megalodon_ops.beam import beam_search
 from megalodon_ops.generation import Generated, generate
 from megalodon_ops.sampling import Sampling
 from megalodon_ops.session import Event
@@ -100,6 +101,7 @@ def test_bad_prompts() -> None:
         ([[0.5]], TypeError, r"wanted token ids; got 0\.5"),
         ([torch.tensor([[1]])], TypeError, "wanted a vector of token ids"),
         ([3], TypeError, "wanted token ids or bytes; got int"),
+        (iter([[1]]), TypeError, "wanted a sequence of prompts, one per row; got list_iterator"),
     ):
         with pytest.raises(kind, match=wanted):
             generate(model, prompts, 3)  # type: ignore[arg-type]
@@ -112,8 +114,41 @@ def test_bad_prompts() -> None:
     ):
         with pytest.raises(ValueError, match=wanted):
             generate(model, [[1]], **{"max_new_tokens": 3, **options})
+    for options, wanted in (
+        ({"max_new_tokens": 1.5}, r"max_new_tokens: wanted an int; got 1\.5"),
+        ({"seed": 1.5}, r"seed: wanted an int, or one per prompt; got 1\.5"),
+        ({"seed": True}, "seed: wanted an int, or one per prompt; got True"),
+        ({"seed": ["1"]}, "seed: wanted an int; got '1'"),
+        ({"batch_size": 1.5}, r"batch_size: wanted None or an int; got 1\.5"),
+        ({"batch_size": True}, "batch_size: wanted None or an int; got True"),
+    ):
+        with pytest.raises(TypeError, match=wanted):
+            generate(model, [[1]], **{"max_new_tokens": 3, **options})
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
         generate(small_model(dropout=0.1).train(), [[1]], 3)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_model_of_fewer_outputs_than_tokens(window: int) -> None:
+    """Those beyond are read and never said, whatever the penalty on what was read."""
+    model, start = small_model(output_size=7), [9, 10, 3, 9]
+    options = Sampling(temperature=0, repetition_penalty=1.8, repetition_window=window)
+    text = list(start)
+    for token in generate(model, [start], 9, options)[0].tokens:
+        logits = next_logits(model, text)
+        for seen in set(text[-window:] if window else text) & set(range(7)):
+            logits[seen] = logits[seen] / 1.8 if logits[seen] > 0 else logits[seen] * 1.8
+        assert token == int(logits.argmax())
+        text.append(token)
+    assert len(text) == len(start) + 9
+    assert len(beam_search(model, [start], 4)[0][0].tokens) == 4
+
+
+def test_outputs_that_are_no_tokens_are_refused() -> None:
+    model = small_model(output_size=12)
+    for call in (generate, beam_search):
+        with pytest.raises(ValueError, match=r"output_size: wanted at most vocab_size = 11, .* 12"):
+            call(model, [[1]], 3)
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 31, 32, 33, 36, 37, 40, 41, 47, 60])

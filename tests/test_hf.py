@@ -188,9 +188,10 @@ def test_a_model_can_be_made_from_a_configuration_alone() -> None:
 # Forward
 
 
-def test_loss_and_gradients_are_the_models() -> None:
-    model, model_hf = wrapped()
-    tokens = random_tokens(2, 9)
+@pytest.mark.parametrize("outputs", [None, 7, 15])
+def test_loss_and_gradients_are_the_models(outputs: int | None) -> None:
+    model, model_hf = wrapped(output_size=outputs)
+    tokens = random_tokens(2, 9) % (outputs or VOCAB)
     model_hf.train()
     out = model_hf(tokens, labels=tokens)
     assert out.cache is None
@@ -316,6 +317,12 @@ def test_generation_with_right_padding_goes_on_after_the_text() -> None:
     for row in range(3):
         alone = greedy(model, tokens[row][mask[row].bool()][None], 9)
         assert torch.equal(out[row, 6:], alone[0, -9:])
+
+
+def test_outputs_that_are_no_tokens_are_not_generated() -> None:
+    _, model_hf = wrapped(output_size=VOCAB + 1)
+    with pytest.raises(ValueError, match=r"output_size: wanted at most vocab_size = 11, .* got 12"):
+        model_hf.generate(random_tokens(1, 3), max_new_tokens=2)
 
 
 def test_beam_search_with_and_without_the_cache() -> None:

@@ -129,6 +129,17 @@ def test_repetition_penalty_of_a_session() -> None:
             text.append(token)
 
 
+@pytest.mark.parametrize("penalty", [1e-100, 1e100])
+def test_no_penalised_logit_overflows(penalty: float) -> None:
+    history = History(2, 0)
+    history.add([0])
+    options = Sampling(temperature=0, repetition_penalty=penalty)
+    large = torch.finfo(torch.float32).max
+    for logits in ([large, -large], [-large, large]):
+        best = sample(torch.tensor([logits]), options, [], [history])
+        assert best == [int(logits[1] > logits[0])]
+
+
 def test_bad_sampling() -> None:
     for field, value, wanted in (
         ("temperature", -1.0, "temperature must be 0 or more, and finite; got -1.0"),
@@ -136,7 +147,9 @@ def test_bad_sampling() -> None:
         ("top_k", -1, "top_k must be"),
         ("top_p", 0.0, "top_p must be above 0 and at most 1; got 0.0"),
         ("min_p", 1.1, "min_p must be from 0 to 1; got 1.1"),
-        ("repetition_penalty", 0.0, "repetition_penalty must be above 0; got 0.0"),
+        ("temperature", math.inf, "temperature must be 0 or more, and finite; got inf"),
+        ("repetition_penalty", 0.0, "repetition_penalty must be from 1e-100 to 1e100; got 0.0"),
+        ("repetition_penalty", 5e-324, "repetition_penalty must be"),
         ("repetition_window", -1, "repetition_window must be"),
     ):
         with pytest.raises(ValueError, match=wanted):

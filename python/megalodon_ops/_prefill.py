@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from .config import MegalodonConfig
 from .model import Megalodon
 from .state import MegalodonState
 
@@ -17,6 +18,44 @@ Piece = Tensor | bytes | Sequence[int]
 Prompt = Piece | Iterator[Piece]
 
 DEFAULT_PIECE = 2048
+
+
+def require_count(name: str, value: object, lowest: int = 1, optional: bool = False) -> None:
+    """Raise TypeError or ValueError where an argument is no int of at least so much."""
+    if optional and value is None:
+        return
+    none = "None or " if optional else ""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: wanted {none}an int; got {value!r}")
+    if value < lowest:
+        raise ValueError(f"{name}: wanted {none}{lowest} or more; got {value}")
+
+
+def require_several(prompts: object) -> None:
+    """Raise TypeError where one prompt was given instead of a sequence of them."""
+    if isinstance(prompts, str | bytes | Tensor):
+        raise TypeError("prompts: wanted a sequence of prompts, one per row; got one prompt")
+
+
+def number_of(prompts: Sequence[Prompt]) -> int:
+    """How many prompts these are; TypeError where they are one, or cannot be counted."""
+    require_several(prompts)
+    if not isinstance(prompts, Sized):
+        got = type(prompts).__name__
+        raise TypeError(f"prompts: wanted a sequence of prompts, one per row; got {got}")
+    return len(prompts)
+
+
+def require_tokens(config: MegalodonConfig) -> None:
+    """Raise ValueError where a model has outputs that are no tokens, so cannot read what it says.
+
+    Fewer outputs than tokens are well: some tokens are never said.
+    """
+    if config.num_outputs > config.vocab_size:
+        raise ValueError(
+            f"generation: output_size: wanted at most vocab_size = {config.vocab_size}, every "
+            f"output being a token; got {config.num_outputs}"
+        )
 
 
 @torch.inference_mode()
@@ -57,8 +96,7 @@ def prefill(
     """
     if isinstance(piece, bool) or not isinstance(piece, int) or piece < 1:
         raise ValueError(f"piece: wanted an int >= 1; got {piece!r}")
-    if isinstance(prompts, str | bytes | Tensor):
-        raise TypeError("prompts: wanted a sequence of prompts, one per row; got one prompt")
+    require_several(prompts)
     readers = [_Reader(row, prompt, model) for row, prompt in enumerate(prompts)]
     for row, reader in enumerate(readers):
         if not reader.more():

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._prefill import DEFAULT_PIECE, Prompt, prefill
+from ._prefill import (
+    DEFAULT_PIECE,
+    Prompt,
+    prefill,
+    require_count,
+    require_several,
+    require_tokens,
+)
 from .model import Megalodon
 from .session import TokenBytes
 from .state import MegalodonState
@@ -78,16 +85,11 @@ def beam_search(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; the message names it.
     """
-    for name, value, highest in (
-        ("max_new_tokens", max_new_tokens, None),
-        ("beams", beams, None),
-        ("results", results, beams),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: wanted an int; got {value!r}")
-        if value < 1 or (highest is not None and value > highest):
-            top = "" if highest is None else f" and at most beams = {highest}"
-            raise ValueError(f"{name}: wanted 1 or more{top}; got {value}")
+    require_count("max_new_tokens", max_new_tokens)
+    require_count("beams", beams)
+    require_count("results", results)
+    if results > beams:
+        raise ValueError(f"results: wanted 1 or more and at most beams = {beams}; got {results}")
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: wanted a finite number; got {length_penalty}")
     if abs(length_penalty) * math.log(max_new_tokens) > _LARGEST_EXPONENT:
@@ -97,9 +99,9 @@ def beam_search(
         )
     if model.training and model.config.any_dropout:
         raise ValueError("the model is in training mode, with dropout: call model.eval()")
+    require_tokens(model.config)
     stops = Stops(stop, token_bytes, model.config.vocab_size)
-    if isinstance(prompts, str | bytes | Tensor):
-        raise TypeError("prompts: wanted a sequence of prompts, one per row; got one prompt")
+    require_several(prompts)
     found = []
     for prompt in prompts:
         logits, state = prefill(model, [prompt], piece=piece)

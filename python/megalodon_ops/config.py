@@ -52,7 +52,8 @@ class MegalodonConfig:
         chunk_size: C, attention is causal inside blocks of C tokens and absent across them; or the
             width of the sliding window.
         vocab_size: V, rows of the embedding.
-        output_size: columns of the logits; None means `vocab_size`.
+        output_size: columns of the logits; None means `vocab_size`. Generation refuses more of them
+            than tokens.
         norm_num_groups: G of TimestepNorm; divides `model_dim` into groups of two channels or more.
         norm_affine: whether mega.rmsnorm and nffn.norm have parameters.
         norm_eps: eps of every norm.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ._prefill import DEFAULT_PIECE, Prompt
+from ._prefill import DEFAULT_PIECE, Prompt, number_of, require_count
 from .model import Megalodon
 from .sampling import Sampling, seeds_of
 from .session import Event, Session, TokenBytes
@@ -55,12 +55,9 @@ def generate(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; the message names it.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise TypeError(f"max_new_tokens: wanted an int; got {max_new_tokens!r}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: wanted 0 or more; got {max_new_tokens}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: wanted None or 1 or more; got {batch_size}")
+    require_count("max_new_tokens", max_new_tokens, lowest=0)
+    require_count("batch_size", batch_size, optional=True)
+    count = number_of(prompts)
     session = Session(
         model,
         sampling,
@@ -69,17 +66,17 @@ def generate(
         piece=piece,
         recent_norms=recent_norms,
     )
-    seeds = seeds_of(seed, len(prompts))
+    seeds = seeds_of(seed, count)
     results = [Generated() for _ in prompts]
     if max_new_tokens == 0:
         return results
     begun = 0
-    while begun < len(prompts) or session.rows:
-        free = (batch_size or len(prompts)) - len(session.rows)
-        if free and begun < len(prompts):
+    while begun < count or session.rows:
+        free = (batch_size or count) - len(session.rows)
+        if free and begun < count:
             end = begun + free
             session.add(prompts[begun:end], seeds[begun:end], max_new_tokens)
-            begun = min(end, len(prompts))
+            begun = min(end, count)
         for event in session.step():
             result = results[event.row]
             result.tokens += event.tokens

@@ -49,7 +49,9 @@ class Sampling:
         self._require("top_k", self.top_k >= 0, "0 (all) or more")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
-        self._require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0")
+        # In this range no penalised logit overflows.
+        penalty = self.repetition_penalty
+        self._require("repetition_penalty", 1e-100 <= penalty <= 1e100, "from 1e-100 to 1e100")
         self._require("repetition_window", self.repetition_window >= 0, "0 (all) or more")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
@@ -123,7 +125,9 @@ def sample(
     """
     scores = logits.double()
     if sampling.repetition_penalty != 1:
-        seen = torch.stack([history.counts for history in histories]).to(scores.device) > 0
+        # A model may have fewer outputs than tokens.
+        counts = [history.counts[: scores.shape[-1]] for history in histories]
+        seen = torch.stack(counts).to(scores.device) > 0
         penalty = sampling.repetition_penalty
         penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
         scores = torch.where(seen, penalised, scores)

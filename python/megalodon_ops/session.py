@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _files
-from ._prefill import DEFAULT_PIECE, Prompt, prefill
+from ._prefill import DEFAULT_PIECE, Prompt, number_of, prefill, require_count, require_tokens
 from .decoding import Decoder
 from .model import Megalodon
 from .sampling import History, Sampling, generator_of, sample, seeds_of
@@ -113,6 +113,7 @@ class Session:
     ) -> None:
         if model.training and model.config.any_dropout:
             raise ValueError("the model is in training mode, with dropout: call model.eval()")
+        require_tokens(model.config)
         self.model = model
         self.sampling = Sampling() if sampling is None else sampling
         self._stops = Stops(stop, token_bytes, model.config.vocab_size)
@@ -148,9 +149,8 @@ class Session:
         Returns:
             the rows' numbers.
         """
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: wanted None or 1 or more; got {max_new_tokens}")
-        generators = [generator_of(s) for s in seeds_of(seed, len(prompts))]
+        require_count("max_new_tokens", max_new_tokens, optional=True)
+        generators = [generator_of(s) for s in seeds_of(seed, number_of(prompts))]
         rows = [
             _Row(self._next_number + i, generator, max_new_tokens, 0, self._matcher(), self._past())
             for i, generator in enumerate(generators)

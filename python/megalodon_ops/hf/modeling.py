@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .._prefill import require_tokens
 from ..model import Megalodon
 from ..state import MegalodonState
 from .configuration import MegalodonHfConfig
@@ -181,7 +182,12 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """As transformers' own; after the prompt no token is padding, and no mask is looked at."""
+        """As transformers' own; after the prompt no token is padding, and no mask is looked at.
+
+        Raises:
+            ValueError: the model has outputs that are no tokens.
+        """
+        require_tokens(self.model.config)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -248,7 +254,7 @@ class MegalodonForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
             )
         if indices is not None:
             logits = logits[:, indices]
