@@ -65,6 +65,8 @@ class Build:
                 capsule = to_dlpack(value)
                 self.kept.append(capsule)
                 return ctypes.c_void_p(_pointer(capsule, b"dltensor"))
+            if isinstance(value, str):
+                return ctypes.c_char_p(value.encode())
             return (
                 ctypes.c_double(value)
                 if isinstance(value, float)
@@ -102,7 +104,7 @@ class Build:
 def arguments_of(
     op: str, dtype: torch.dtype, B: int, L: int, H: int, D: int
 ) -> tuple[tuple[Any, ...], Callable[[list[Tensor]], tuple[Any, ...]]]:
-    """Of forward, and of backward by forward's outputs."""
+    """Of forward, and of backward by forward's outputs. H: heads; of cema N."""
     make = Maker(dtype)
     x, dy = make.activation(B, L, D), make.activation(B, L, D)
     weight, bias = make.stat(D, scale=0.3), make.stat(D, scale=0.3)
@@ -123,10 +125,14 @@ def arguments_of(
             *(dy, None, None, x, weight),
             *(*none, *out[4:6], 32, 1e-5),
         )
+    if op == "cema":
+        shapes = (D, H), (D, H), (D,), (D, H, 2), (D,)
+        inputs = (x, *(make.stat(*shape) for shape in shapes), None, None, "scan")
+        return inputs, lambda _: (dy, None, *inputs)
     raise ValueError(f"builds: op must be one of {', '.join(OPS)}; got {op}")
 
 
-OPS = ("rms_norm", "layer_norm", "silu_mul", "qk_norm_rope", "timestep_norm")
+OPS = ("rms_norm", "layer_norm", "silu_mul", "qk_norm_rope", "timestep_norm", "cema")
 
 
 def compare(

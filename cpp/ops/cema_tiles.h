@@ -258,7 +258,8 @@ void respond(const A* response, const A* x, int64_t tiles, A* sums) {
 // The outputs kFirst .. kFirst + kOutputs - 1 of M tiles: what the states of `group` wavelets add to y. Steps of y lie
 // W, of out `step` elements apart.
 template <class A, Direction kWay, bool kPast, int M, int kFirst, class T>
-inline void output_tiles(const A* table, const A* states, int64_t group, const A* y, T* out, int64_t step) {
+__attribute__((always_inline)) inline void output_tiles(const A* table, const A* states, int64_t group, const A* y,
+                                                        T* out, int64_t step) {
   constexpr int64_t W = kLanes<A>;
   Vec<A> sum[kOutputs][M];
   for (int i = 0; i < kOutputs; ++i) {
