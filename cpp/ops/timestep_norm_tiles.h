@@ -16,12 +16,15 @@ __attribute__((always_inline)) inline V difference(V x, const A* means, J j, int
   return d;
 }
 
-// Whether a tile's outputs, from `channel` on, go past the caches: from 8 MiB on, with what reads them next (AMD Zen 4,
-// November 2026). Runs of vectors start where a group does, or where W groups do.
+// Outputs that wait for memory, and go past the caches, with what reads them next (AMD Zen 4, November 2026).
+constexpr int64_t kLargeBytes = int64_t{8} << 20;
+
+// Whether a tile's outputs, from `channel` on, go past the caches. Runs of vectors start where a group does, or where W
+// groups do.
 template <class T, int P>
 bool leaves_caches(const Sequences& sequences, int64_t D, int64_t K, const void* out, int64_t channel) {
   const T* first = static_cast<const T*>(out) + channel;
-  return are_lines(sequences.tokens() * D, P == 0 ? K : D, first, int64_t{8} << 20);
+  return are_lines(sequences.tokens() * D, P == 0 ? K : D, first, kLargeBytes);
 }
 
 // Rows are equal work, and each thread is given its share; parts of segments are not.
