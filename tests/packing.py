@@ -13,6 +13,7 @@ BOUNDS_DTYPES = st.sampled_from([torch.int32, torch.int64])
 # For a row of 6 tokens: cu_seqlens, the error and what its message says after "{op}: ".
 BAD_BOUNDS: list[tuple[torch.Tensor, type[Exception], str]] = [
     (torch.tensor([0.0, 6.0]), TypeError, "cu_seqlens must be int32 or int64; got float32"),
+    (torch.tensor([0j, 6j]), TypeError, "cu_seqlens must be int32 or int64; got complex64"),
     (torch.tensor([True, True]), TypeError, "cu_seqlens must be int32 or int64; got bool"),
     (torch.tensor([0]), ValueError, r"cu_seqlens must be \[segments \+ 1\].*got \[1\]"),
     (torch.tensor([[0, 6]]), ValueError, r"cu_seqlens must be \[segments \+ 1\].*\[1, 2\]"),

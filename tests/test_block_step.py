@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backend import values_are_read
+from backend import BACKEND, values_are_read
 from checks import DTYPES, check_forward
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,11 +175,18 @@ def test_gradients_are_refused() -> None:
         ({"num_heads": 3}, ValueError, r"k_cache must be \[B, C, H, S\] with .*H = 3.*; got"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
         ({"eps": 0.0}, ValueError, "eps must be .*; got 0"),
+        ({"eps": 1e-60}, ValueError, "eps must be positive and finite in float32; got 1e-60"),
         ({"k_cache": torch.ones(2, 5, 2, 3)}, ValueError, "k_cache must be .* S even; got S = 3"),
         ({"wz_weight": torch.ones(7, 12)}, ValueError, r"wz_weight must be .*; got \[7, 12\]"),
         ({"wz_weight": torch.ones(8, 12).half()}, TypeError, "wz_weight must be float32; got fl"),
         ({"norm_bias": None}, ValueError, "norm_weight and norm_bias must be given both or neith"),
         ({"fc3_weight": torch.ones(9, 12)}, ValueError, r"fc3_weight must be .*; got \[9, 12\]"),
+        pytest.param(
+            {"count": torch.tensor([0, -2])},
+            ValueError,
+            "count must be at least 0 everywhere",
+            marks=values_are_read,
+        ),
         pytest.param(
             {"position": torch.tensor([0, -2])},
             ValueError,
@@ -199,3 +206,19 @@ def test_bad_arguments_change_nothing(
         OP.overload(**{**dict(zip(NAMES, args, strict=True)), **change})
     for a, b in zip(args, before, strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.skipif(BACKEND == "cuda", reason="copies on the GPU share nothing")
+@pytest.mark.parametrize(
+    ("other", "written"), [("v_cache", "k_cache"), ("var", "mean"), ("position", "count")]
+)
+def test_states_that_share_memory_are_refused(other: str, written: str) -> None:
+    sizes = {"D": 12, "N": 3, "H": 2, "S": 4, "E": 4, "C": 5, "F": 10, "G": 3}
+    args = dict(
+        zip(NAMES, sample_arguments(Maker(torch.float32), **sizes, position=(2, 3)), strict=True)
+    )
+    before = args[written].clone()
+    message = f"block_step: {other} must be apart in memory from {written}, which is written to"
+    with pytest.raises(ValueError, match=message):
+        OP.overload(**{**args, other: args[written]})
+    assert torch.equal(args[written], before)

@@ -192,6 +192,19 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         assert torch.equal(cache, old)
 
 
+@pytest.mark.skipif(BACKEND == "cuda", reason="copies on the GPU share nothing")
+def test_caches_that_share_memory_are_refused() -> None:
+    q, k, v, k_cache, _, *rest = arguments(torch.float32, 1, 4, 4, 5, [2])
+    before = k_cache.clone()
+    message = "chunk_attention_step: {} must be apart in memory from k_cache, which is written to"
+    for call in (chunk_attention_step, kernels.chunk_attention_step):
+        with pytest.raises(ValueError, match=message.format("v_cache")):
+            call(q, k, v, k_cache, k_cache, *rest)
+        with pytest.raises(ValueError, match=message.format("q")):
+            call(k_cache[:, 2], k, v, k_cache, k_cache.clone(), *rest)
+    assert torch.equal(k_cache, before)
+
+
 @pytest.mark.skipif(BACKEND == "cuda", reason="copies on the GPU are writeable")
 def test_numpy_caches_must_be_writeable() -> None:
     args = [

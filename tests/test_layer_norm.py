@@ -104,6 +104,7 @@ def test_nan_and_inf_propagate_within_their_row() -> None:
             "layer_norm: weight must be float32; got float64",
         ),
         ({"eps": 0.0}, ValueError, "layer_norm: eps must be positive and finite; got 0"),
+        ({"eps": 1e-60}, ValueError, "layer_norm: eps must be positive and finite in float32; got"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -233,6 +233,23 @@ def test_meta_tensors_give_shapes(op: Op) -> None:
         assert [(g.shape, g.dtype) for g in got] == [(w.shape, w.dtype) for w in wanted]
 
 
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_one_tensor_on_meta_is_an_error(op: Op) -> None:
+    """The dispatcher would take the fake, which computes nothing."""
+    args = samples(op, torch.float32)[-1].args
+    calls = [(op.name, args), *((f"{op.name}_backward", c) for c in backward_calls(op, args))]
+    for name, call in calls:
+        overload = getattr(torch.ops.megalodon, name).default
+        names = [argument.name for argument in overload._schema.arguments]
+        first, *places = [i for i, a in enumerate(call) if isinstance(a, Tensor)]
+        for i, other, device in [(first, places[0], "meta"), *((i, i, "cpu") for i in places)]:
+            mixed = copies(call)
+            mixed[i] = mixed[i].to("meta")
+            wanted = f"{name}: {names[other]} must be on {device} like {names[first]}; got "
+            with torch.no_grad(), pytest.raises(ValueError, match=f"^{wanted}"):
+                overload(*mixed)
+
+
 def test_isa_can_be_forced_and_is_validated() -> None:
     before = _C.isa()
     try:

@@ -142,6 +142,12 @@ def test_nan_and_inf_stay_in_their_token_and_head() -> None:
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
         ({"rope_base": 0.0}, ValueError, "rope_base must be positive and finite; got 0"),
         ({"eps": float("inf")}, ValueError, "eps must be positive and finite; got inf"),
+        ({"eps": 1e-60}, ValueError, "eps must be positive and finite in float32; got 1e-60"),
+        (
+            {"position": torch.zeros(2, dtype=torch.complex64)},
+            TypeError,
+            "position must be int64; got complex64",
+        ),
         pytest.param(
             {"position": torch.tensor([3, -1])},
             ValueError,

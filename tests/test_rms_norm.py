@@ -76,6 +76,16 @@ def test_nan_and_inf_propagate() -> None:
         ),
         ({"eps": -1.0}, ValueError, "rms_norm: eps must be positive and finite; got -1"),
         ({"eps": float("nan")}, ValueError, "rms_norm: eps must be positive and finite; got nan"),
+        (
+            {"eps": 1e-60},
+            ValueError,
+            "rms_norm: eps must be positive and finite in float32; got 1e-60",
+        ),
+        (
+            {"x": torch.ones(2, 3, 8).to(torch.float8_e4m3fn)},
+            TypeError,
+            "rms_norm: x must be float32, bfloat16, float16 or float64; got float8",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

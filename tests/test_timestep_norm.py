@@ -6,7 +6,7 @@ from typing import Any
 import golden
 import pytest
 import torch
-from backend import BACKEND
+from backend import BACKEND, values_are_read
 from checks import DTYPES, check_forward, check_gradients
 from golden import Case
 from hypothesis import given
@@ -274,6 +274,13 @@ def test_parameter_gradients_of_many_steps_do_not_drift() -> None:
             "timestep_norm: bias must be float32; got float64",
         ),
         ({"eps": 0.0}, ValueError, "timestep_norm: eps must be positive and finite; got 0"),
+        ({"eps": 1e39}, ValueError, "timestep_norm: eps must be positive and finite in float32; "),
+        pytest.param(
+            {"count": torch.tensor([3, -5])},
+            ValueError,
+            r"timestep_norm: count must be at least 0 everywhere; got -5 at \[1\]",
+            marks=values_are_read,
+        ),
         (
             {"count": None},
             ValueError,

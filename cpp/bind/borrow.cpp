@@ -129,6 +129,13 @@ void Borrowed::borrow(py::handle object, bool written) {
     throw py::type_error("expected an array (torch.Tensor, numpy.ndarray or an object with __dlpack__); got " +
                          type_name(object));
   }
+  if (tensor_.data == nullptr && !is_empty()) {
+    throw py::value_error("a " + type_name(object) + " must have memory; got one without");
+  }
+}
+
+bool Borrowed::is_empty() const {
+  return std::any_of(tensor_.shape, tensor_.shape + tensor_.ndim, [](int64_t size) { return size == 0; });
 }
 
 bool Borrowed::is_contiguous() const {
@@ -155,6 +162,11 @@ void Borrowed::from_numpy(py::handle object, bool written) {
     throw py::value_error("an array must have at most 8 dimensions; got " + std::to_string(array.ndim()));
   }
   if (written && !array.writeable()) throw py::value_error("an array that is written to must be writeable");
+  // Elements that lie askew, or strides that are no whole numbers of elements: columns of structured arrays have them.
+  if ((array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0) {
+    if (written) throw py::value_error("an array that is written to must be aligned to its elements");
+    return from_numpy(py::module_::import("numpy").attr("require")(object, py::none(), "CA"), written);
+  }
   const py::dtype dtype = array.dtype();
   const auto bits = static_cast<uint8_t>(8 * dtype.itemsize());
   switch (dtype.kind()) {

@@ -1,7 +1,8 @@
 // Borrowing arrays from Python: a Python object becomes a DLTensor that is valid while the Borrowed lives.
 //
 // A torch tensor is read through its DLPack exchange table (no Python call), a NumPy array through its own interface,
-// anything else through __dlpack__. An input that is not contiguous is copied; an array that is written to is not.
+// anything else through __dlpack__. An input that is not contiguous, or not aligned to its elements, is copied; an
+// array that is written to is not.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -36,6 +37,7 @@ class Borrowed {
   void from_numpy(py::handle object, bool written);
   void from_dlpack(py::handle object, bool written);
   bool is_contiguous() const;
+  bool is_empty() const;
 
   py::object object_;
   py::object capsule_;

@@ -34,6 +34,18 @@ void throw_unless_ok(int status) {
   throw py::type_error(std::string("expected ") + wanted + "; got " + std::string(py::str(py::repr(object))));
 }
 
+// Runs `body`, whose errors know no op.
+template <class Body>
+void naming(const char* name, Body&& body) {
+  try {
+    body();
+  } catch (const py::type_error& error) {
+    throw py::type_error(std::string(name) + ": " + error.what());
+  } catch (const py::value_error& error) {
+    throw py::value_error(std::string(name) + ": " + error.what());
+  }
+}
+
 // How one C argument is read from Python.
 template <class T>
 struct Argument {
@@ -85,13 +97,7 @@ struct Call<int (*)(S...), int (*)(R...)> {
                            " inputs and optionally out; got " + std::to_string(given.size()) + " arguments");
     }
     std::tuple<Argument<std::tuple_element_t<I, InputTypes>>...> inputs;
-    try {
-      (std::get<I>(inputs).read(PyTuple_GET_ITEM(given.ptr(), I)), ...);
-    } catch (const py::type_error& error) {
-      throw py::type_error(std::string(name) + ": " + error.what());
-    } catch (const py::value_error& error) {
-      throw py::value_error(std::string(name) + ": " + error.what());
-    }
+    naming(name, [&] { (std::get<I>(inputs).read(PyTuple_GET_ITEM(given.ptr(), I)), ...); });
 
     std::array<megalodon_spec, kOutputs> specs;
     throw_unless_ok(specs_of(std::get<I>(inputs).get()..., specs.data()));
@@ -111,7 +117,7 @@ struct Call<int (*)(S...), int (*)(R...)> {
     for (size_t i = 0; i < kOutputs; ++i) {
       const bool given_out = !out.is_none() && !is_workspace(specs[i]);
       outputs[i] = given_out ? py::object(py::reinterpret_borrow<py::tuple>(out)[i]) : allocate(*like, specs[i]);
-      borrowed[i].borrow(outputs[i], true);
+      naming(name, [&] { borrowed[i].borrow(outputs[i], true); });
     }
 
     void* stream = like->stream();

@@ -8,7 +8,8 @@
 
 namespace megalodon {
 
-enum class DType : int32_t { kFloat32, kBfloat16, kFloat16, kFloat64, kInt64, kInt32, kBool, kByte };
+// kOther: what no kernel takes.
+enum class DType : int32_t { kFloat32, kBfloat16, kFloat16, kFloat64, kInt64, kInt32, kBool, kByte, kOther };
 
 // Storage of the 16-bit floats: bits only, arithmetic is done in float.
 struct bf16 {

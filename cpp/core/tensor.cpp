@@ -46,7 +46,8 @@ std::string dtype_text(DLDataType dtype) {
       break;
     case kDLBool:
       return "bool";
-    default:
+    default:  // float8, float6 and float4 in their variants
+      if (dtype.code > kDLBool) kind = "float";
       break;
   }
   return kind + std::to_string(dtype.bits) + (dtype.lanes > 1 ? "x" + std::to_string(dtype.lanes) : "");
@@ -125,16 +126,14 @@ Tensor Checker::view(const char* name, const DLTensor* tensor) {
   out.present = true;
   out.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
 
-  bool known = false;
+  out.dtype = DType::kOther;
   for (DType dtype : {DType::kFloat32, DType::kBfloat16, DType::kFloat16, DType::kFloat64, DType::kInt64, DType::kInt32,
                       DType::kBool, DType::kByte}) {
     if (same(tensor->dtype, to_dlpack(dtype))) {
       out.dtype = dtype;
-      known = true;
       break;
     }
   }
-  if (!known) fail(MEGALODON_TYPE_ERROR, name, kActivationTypes, dtype_text(tensor->dtype));
 
   const bool on_host = tensor->device.device_type == kDLCPU;
   if (!on_host && tensor->device.device_type != kDLCUDA) {
@@ -174,14 +173,14 @@ void Checker::match(const Tensor& tensor, std::initializer_list<Dim> dims) const
 
 Tensor Checker::activation(const char* name, const DLTensor* tensor, std::initializer_list<Dim> dims) {
   const Tensor out = view(name, tensor);
-  if (!is_activation(out.dtype)) fail(MEGALODON_TYPE_ERROR, name, kActivationTypes, dtype_text(out.dtype));
+  if (!is_activation(out.dtype)) fail(MEGALODON_TYPE_ERROR, name, kActivationTypes, dtype_text(tensor->dtype));
   match(out, dims);
   return out;
 }
 
 Tensor Checker::elements(const char* name, const DLTensor* tensor) {
   const Tensor out = view(name, tensor);
-  if (!is_activation(out.dtype)) fail(MEGALODON_TYPE_ERROR, name, kActivationTypes, dtype_text(out.dtype));
+  if (!is_activation(out.dtype)) fail(MEGALODON_TYPE_ERROR, name, kActivationTypes, dtype_text(tensor->dtype));
   return out;
 }
 
@@ -193,14 +192,14 @@ Tensor Checker::rows(const char* name, const DLTensor* tensor) {
 
 Tensor Checker::tensor(const char* name, const DLTensor* tensor, DType dtype, std::initializer_list<Dim> dims) {
   const Tensor out = view(name, tensor);
-  if (out.dtype != dtype) fail(MEGALODON_TYPE_ERROR, name, dtype_text(dtype), dtype_text(out.dtype));
+  if (out.dtype != dtype) fail(MEGALODON_TYPE_ERROR, name, dtype_text(dtype), dtype_text(tensor->dtype));
   match(out, dims);
   return out;
 }
 
 Tensor Checker::tensor(const char* name, const DLTensor* tensor, DType dtype, const int64_t* shape, int ndim) {
   const Tensor out = view(name, tensor);
-  if (out.dtype != dtype) fail(MEGALODON_TYPE_ERROR, name, dtype_text(dtype), dtype_text(out.dtype));
+  if (out.dtype != dtype) fail(MEGALODON_TYPE_ERROR, name, dtype_text(dtype), dtype_text(tensor->dtype));
   bool matches = out.ndim == ndim;
   for (int i = 0; matches && i < ndim; ++i) matches = out.shape[i] == shape[i];
   require(matches, name, shape_text(shape, ndim), shape_text(out.shape, out.ndim));
@@ -219,7 +218,7 @@ Tensor Checker::like(const char* name, const DLTensor* tensor, const Tensor& oth
   const Tensor out = view(name, tensor);
   if (out.dtype != other.dtype) {
     fail(MEGALODON_TYPE_ERROR, name, std::string(dtype_text(other.dtype)) + " like " + other.name,
-         dtype_text(out.dtype));
+         dtype_text(tensor->dtype));
   }
   bool matches = out.ndim == other.ndim;
   for (int i = 0; matches && i < out.ndim; ++i) matches = out.shape[i] == other.shape[i];
@@ -233,7 +232,7 @@ Tensor Checker::like(const char* name, const DLTensor* tensor, const Tensor& oth
 Tensor Checker::stat(const char* name, const DLTensor* tensor, std::initializer_list<Dim> dims) {
   const Tensor out = view(name, tensor);
   if (out.dtype != DType::kFloat32 && out.dtype != DType::kFloat64) {
-    fail(MEGALODON_TYPE_ERROR, name, "float32 or float64", dtype_text(out.dtype));
+    fail(MEGALODON_TYPE_ERROR, name, "float32 or float64", dtype_text(tensor->dtype));
   }
   match(out, dims);
   return out;
@@ -243,11 +242,12 @@ void Checker::at_least(const char* name, int64_t value, int64_t least) const {
   if (value < least) fail(MEGALODON_VALUE_ERROR, name, "at least " + std::to_string(least), std::to_string(value));
 }
 
-void Checker::positive(const char* name, double value) const {
-  if (value > 0 && std::isfinite(value)) return;
+void Checker::positive(const char* name, double value, DType as) const {
+  const auto holds = [](double number) { return number > 0 && std::isfinite(number); };
+  if (holds(as == DType::kFloat64 ? value : static_cast<float>(value))) return;
   char text[32];
   std::snprintf(text, sizeof text, "%g", value);
-  fail(MEGALODON_VALUE_ERROR, name, "positive and finite", text);
+  fail(MEGALODON_VALUE_ERROR, name, holds(value) ? "positive and finite in float32" : "positive and finite", text);
 }
 
 void Checker::not_negative(const char* name, const int64_t* values, int64_t count) const {
@@ -259,11 +259,23 @@ void Checker::not_negative(const char* name, const int64_t* values, int64_t coun
   }
 }
 
+void Checker::apart(std::initializer_list<Tensor> written, std::initializer_list<Tensor> read) const {
+  const auto check = [&](const Tensor& a, const Tensor& b) {
+    if (!a.overlaps(b)) return;
+    fail(MEGALODON_VALUE_ERROR, b.name, std::string("apart in memory from ") + a.name + ", which is written to",
+         "an overlap");
+  };
+  for (const Tensor& a : written) {
+    for (const Tensor* b = &a + 1; b != written.end(); ++b) check(a, *b);
+    for (const Tensor& b : read) check(a, b);
+  }
+}
+
 Sequences Checker::sequences(const Tensor& x, const DLTensor* cu_seqlens) {
   if (cu_seqlens == nullptr) return Sequences::of_rows(x.shape[0], x.shape[1]);
   const Tensor ends = view("cu_seqlens", cu_seqlens);
   if (ends.dtype != DType::kInt32 && ends.dtype != DType::kInt64) {
-    fail(MEGALODON_TYPE_ERROR, ends.name, "int32 or int64", dtype_text(ends.dtype));
+    fail(MEGALODON_TYPE_ERROR, ends.name, "int32 or int64", dtype_text(cu_seqlens->dtype));
   }
   require(ends.ndim == 1 && ends.shape[0] >= 2, ends.name, "[segments + 1] with at least one segment",
           shape_text(ends.shape, ends.ndim));
@@ -294,9 +306,11 @@ void* Outputs::next(Checker& checker, const char* name, DType dtype, const int64
     for (int i = 0; i < ndim; ++i) spec.shape[i] = shape[i];
     return nullptr;
   }
-  const Tensor given = checker.view(name, index_ < count_ ? tensors_[index_] : nullptr);
-  ++index_;
-  if (given.dtype != dtype) checker.fail(MEGALODON_TYPE_ERROR, name, dtype_text(dtype), dtype_text(given.dtype));
+  const DLTensor* tensor = index_ < count_ ? tensors_[index_] : nullptr;
+  const Tensor given = checker.view(name, tensor);
+  for (int i = 0; i < index_; ++i) checker.apart({given_[i], given}, {});
+  given_[index_++] = given;
+  if (given.dtype != dtype) checker.fail(MEGALODON_TYPE_ERROR, name, dtype_text(dtype), dtype_text(tensor->dtype));
   bool matches = given.ndim == ndim;
   for (int i = 0; matches && i < ndim; ++i) matches = given.shape[i] == shape[i];
   checker.require(matches, name, shape_text(shape, ndim), shape_text(given.shape, given.ndim));

@@ -47,6 +47,11 @@ struct Tensor {
     for (int i = 0; i < ndim; ++i) n *= shape[i];
     return n;
   }
+  bool overlaps(const Tensor& other) const {  // what has no memory yet overlaps with nothing
+    const auto begin = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data); };
+    const auto end = [&](const Tensor& tensor) { return begin(tensor) + tensor.count() * size_of(tensor.dtype); };
+    return data != nullptr && other.data != nullptr && begin(*this) < end(other) && begin(other) < end(*this);
+  }
   int64_t rows() const {  // all dimensions but the last
     int64_t n = 1;
     for (int i = 0; i + 1 < ndim; ++i) n *= shape[i];
@@ -79,9 +84,12 @@ class Checker {
     if (!holds) fail(MEGALODON_VALUE_ERROR, name, wanted, got);
   }
   void at_least(const char* name, int64_t value, int64_t least) const;
-  void positive(const char* name, double value) const;  // and finite
+  // Also finite, and both as a number of type `as`, which the kernel makes of it.
+  void positive(const char* name, double value, DType as = DType::kFloat64) const;
   // The elements of an int64 tensor, which are data: read on the CPU alone. nullptr is right.
   void not_negative(const char* name, const int64_t* values, int64_t count) const;
+  // That what is written shares memory with nothing else: with none of `written`, none of `read`.
+  void apart(std::initializer_list<Tensor> written, std::initializer_list<Tensor> read) const;
   // The sequences of x (B, L, ...), or (1, T, ...) with the optional cu_seqlens (segments + 1) int32 or int64. Their
   // values are read on the CPU alone.
   Sequences sequences(const Tensor& x, const DLTensor* cu_seqlens);
@@ -141,6 +149,7 @@ class Outputs {
  private:
   megalodon_spec* specs_ = nullptr;
   DLTensor* tensors_[12] = {};
+  Tensor given_[12];
   int count_ = 0;
   int index_ = 0;
 };

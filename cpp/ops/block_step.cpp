@@ -83,6 +83,7 @@ extern "C" int megalodon_block_step_forward(
             norm_bias,  fc1_weight,      fc2_weight,    fc3_weight, ffn_alpha,  num_groups, num_heads,
             chunk_size, rope_base,       eps,           sliding},
         {y, workspace});
+    c.not_negative("count", args.count, args.B);
     c.not_negative("position", args.rope.position, args.B);
     run_on(c, args, cpu::block_step_forward, cuda::block_step_forward, stream);
   });

@@ -136,7 +136,7 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   c.at_least("num_heads", H.size, 1);
   c.at_least("chunk_size", C.size, 1);
   c.positive("rope_base", in.rope_base);
-  c.positive("eps", in.eps);
+  c.positive("eps", in.eps, stat);
   const Tensor k_cache = c.tensor("k_cache", in.k_cache, dtype, {B, C, H, any("S")});
   const Tensor v_cache = c.tensor("v_cache", in.v_cache, dtype, {B, C, H, any("E")});
   c.require(k_cache.shape[3] % 2 == 0, "k_cache", "[B, C, H, S] with S even",
@@ -149,6 +149,7 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   const Dim S = k_cache.dim(3, "S"), N = h.dim(2, "N");
   const Dim HS{"H S", H.size * S.size}, HE{"H E", H.size * v_cache.shape[3]};
   c.at_least("h.shape[2]", N.size, 1);
+  c.apart({k_cache, v_cache, count, mean, var, h}, {x, position});
 
   BlockStep s{};
   s.B = B.size;

@@ -67,6 +67,7 @@ static inline ChunkAttentionStep check_chunk_attention_step(Checker& c, const DL
   const Tensor k_cache = c.tensor("k_cache", k_cache_in, q.dtype, {B, C, H, S});
   const Tensor v_cache = c.tensor("v_cache", v_cache_in, q.dtype, {B, C, H, E});
   const Tensor position = c.tensor("position", position_in, DType::kInt64, {B});
+  c.apart({k_cache, v_cache}, {q, k, v, position});
   ChunkAttentionStep args{};
   args.dtype = q.dtype;
   args.q = q.data;

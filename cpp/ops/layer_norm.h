@@ -47,7 +47,7 @@ static inline LayerNormForward check_layer_norm(Checker& c, const DLTensor* x_in
   const Tensor bias = c.optional("bias", bias_in, stat, {D});
   c.require(weight.present == bias.present, "weight and bias", "given both or neither",
             weight.present ? "weight alone" : "bias alone");
-  c.positive("eps", eps);
+  c.positive("eps", eps, stat);
   LayerNormForward args{};
   args.dtype = x.dtype;
   args.x = x.data;

@@ -104,7 +104,7 @@ static inline Tensor check_qk_norm_rope_inputs(Checker& c, const DLTensor* z_in,
   c.positive("rope_base", rope_base);
   args.sequences = c.sequences(z, cu_seqlens);
   const Tensor position = c.optional("position", position_in, DType::kInt64, {Checker::rows_of(z, args.sequences)});
-  c.positive("eps", eps);
+  c.positive("eps", eps, stat);
   args.dtype = z.dtype;
   args.z = z.data;
   args.gamma = gamma.data;

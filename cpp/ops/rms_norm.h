@@ -39,7 +39,7 @@ static inline RmsNormForward check_rms_norm(Checker& c, const DLTensor* x_in, co
   const Dim D = x.dim(x.ndim - 1, "D");
   const DType stat = stat_dtype(x.dtype);
   const Tensor weight = c.optional("weight", weight_in, stat, {D});
-  c.positive("eps", eps);
+  c.positive("eps", eps, stat);
   RmsNormForward args{};
   args.dtype = x.dtype;
   args.x = x.data;

@@ -300,6 +300,7 @@ extern "C" int megalodon_timestep_norm_forward(const DLTensor* x, const DLTensor
     const TimestepNormForward args =
         check_timestep_norm(c, x, weight, bias, num_groups, eps, count, mean, var, padding_mask, cu_seqlens,
                             {y, last_count, last_mean, last_var, step_mean, step_rstd, workspace});
+    c.not_negative("count", args.count, args.sequences.count);
     run_on(c, args, cpu::timestep_norm_forward, cuda::timestep_norm_forward, stream);
   });
 }
@@ -330,6 +331,7 @@ extern "C" int megalodon_timestep_norm_backward(const DLTensor* dy, const DLTens
     const TimestepNormBackward args = check_timestep_norm_backward(
         c, dy, dmean, dvar, x, weight, count, mean, var, padding_mask, cu_seqlens, step_mean, step_rstd, num_groups,
         eps, {dx, dweight, dbias, dmean0, dvar0, workspace});
+    c.not_negative("count", args.count, args.sequences.count);
     run_on(c, args, cpu::timestep_norm_backward, cuda::timestep_norm_backward, stream);
   });
 }

@@ -267,7 +267,7 @@ static inline TimestepNormForward check_timestep_norm(Checker& c, const DLTensor
   const TimestepNormInputs in =
       check_timestep_norm_inputs(c, x, weight, count, mean, var, padding_mask, cu_seqlens, num_groups);
   const Tensor bias = c.tensor("bias", bias_in, in.stat, {in.D});
-  c.positive("eps", eps);
+  c.positive("eps", eps, in.stat);
   const int64_t B = in.B.size, L = in.L.size, G = num_groups, rows = in.rows.size;
   TimestepNormForward args{};
   args.dtype = in.x.dtype;
@@ -304,7 +304,7 @@ static inline TimestepNormBackward check_timestep_norm_backward(
   const Tensor dvar = c.optional("dvar", dvar_in, in.stat, {in.rows, in.G});
   const Tensor step_mean = c.tensor("step_mean", step_mean_in, in.stat, {in.B, in.L, in.G});
   const Tensor step_rstd = c.tensor("step_rstd", step_rstd_in, in.stat, {in.B, in.L, in.G});
-  c.positive("eps", eps);
+  c.positive("eps", eps, in.stat);
   TimestepNormBackward args{};
   args.dtype = in.x.dtype;
   args.dy = dy.data;

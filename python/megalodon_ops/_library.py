@@ -24,11 +24,14 @@ NAMESPACE = "megalodon"
 
 
 class Argument(NamedTuple):
-    """One argument of a schema. ``default`` is :data:`REQUIRED` where there is none."""
+    """One argument of a schema. ``default`` is :data:`REQUIRED` where there is none; ``written``:
+    it is updated in place.
+    """
 
     name: str
     type: str
     default: Any
+    written: bool
 
 
 REQUIRED: Any = object()
@@ -161,10 +164,11 @@ def parse_schema(schema: str) -> tuple[tuple[Argument, ...], tuple[str, ...]]:
     """Reads ``(Type name=default, ...) -> (Tensor name, ...)`` without torch."""
     inputs, outputs = schema.split("->")
     arguments = []
-    for part in re.sub(r"\([a-z]!\)", "", inputs).strip().strip("()").split(","):
+    for part in inputs.strip().removeprefix("(").removesuffix(")").split(","):
         kind, _, rest = part.strip().partition(" ")
-        name, _, default = rest.partition("=")
-        arguments.append(Argument(name, kind, _parse_default(default) if default else REQUIRED))
+        name, _, text = rest.partition("=")
+        default = _parse_default(text) if text else REQUIRED
+        arguments.append(Argument(name, re.sub(r"\(.*\)", "", kind), default, "!" in kind))
     returns = tuple(part.split()[-1] for part in outputs.strip().strip("()").split(","))
     return tuple(arguments), returns
 
@@ -259,7 +263,30 @@ def _define(
     implementation = _with_defaults(arguments, getattr(_C, kernel))
     library.impl(name, implementation, "CPU")
     library.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    on_one_device = _on_one_device(name, arguments, fake)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", on_one_device, lib=library)
+
+
+def _on_one_device(
+    name: str, arguments: tuple[Argument, ...], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The fake, after the check of devices that kernels make. One tensor on meta is enough for the
+    dispatcher to call the fake: what it makes on the CPU would pass for results.
+    """
+    import torch
+
+    def checked(*args: Any) -> Any:
+        named = zip(arguments, args, strict=False)  # the dispatcher leaves out defaults
+        tensors = [(a.name, value) for a, value in named if isinstance(value, torch.Tensor)]
+        first, device = tensors[0][0], tensors[0][1].device
+        for other, tensor in tensors:
+            if tensor.device != device:
+                raise ValueError(
+                    f"{name}: {other} must be on {device} like {first}; got {tensor.device}"
+                )
+        return fake(*args)
+
+    return checked
 
 
 def _below_autograd(name: str) -> Callable[..., Any]:
@@ -279,6 +306,10 @@ def _tensor_places(arguments: tuple[Argument, ...]) -> tuple[int, ...]:
     return tuple(i for i, argument in enumerate(arguments) if argument.type.startswith("Tensor"))
 
 
+def _written_places(op: Op) -> tuple[int, ...]:
+    return tuple(i for i, argument in enumerate(op.arguments) if argument.written)
+
+
 def _needs_grad(args: tuple[Any, ...], places: Iterable[int]) -> bool:
     for i in places:  # a plain loop: half the time of any() with a generator
         tensor = args[i]
@@ -292,12 +323,84 @@ def _below(op: Op) -> Callable[[torch._C.DispatchKeySet, tuple[Any, ...]], Any]:
     small call the second dispatch, a third of its time.
     """
     kernel, call = getattr(_C, f"{op.name}_forward"), _below_autograd(op.name)
-    plain = _plain_key_sets()
+    plain, written = _plain_key_sets(), _written_places(op)
 
     def below(keys: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> Any:
-        return kernel(*args) if keys.raw_repr() in plain else call(*args)
+        if keys.raw_repr() in plain:
+            return kernel(*args)
+        for i in written:  # torch would resolve a copy, then fail for that it is one
+            if args[i].is_neg():
+                raise lazily_negated(op.name, op.arguments[i].name)
+        return call(*args)
 
     return below
+
+
+def lazily_negated(name: str, argument: str) -> ValueError:
+    """The error of a tensor that is written to and whose minus sign is a flag."""
+    return ValueError(
+        f"{name}: {argument} must not be lazily negated, since it is written to; got such a view"
+        " (resolve_neg() makes a tensor of it)"
+    )
+
+
+def _recorded(
+    name: str,
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A call that records ``backward``: ``apply`` of a ``torch.autograd.Function`` of these.
+
+    Not the class's own ``apply``: that starts over at the outermost transform of ``torch.func``,
+    while the dispatcher calls us in the middle of one, to record at its level. What is below may be
+    another one, for which ``apply`` must not have switched gradients off.
+    """
+    import torch
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+    transformed = torch._C._are_functorch_transforms_active
+
+    def below(*args: Any) -> Any:
+        if not transformed():
+            return forward(*args)
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return forward(*args)
+
+    methods = {"forward": below, "setup_context": setup_context, "backward": backward}
+    members = {key: staticmethod(method) for key, method in methods.items()}
+    function: Any = type(name, (torch.autograd.Function,), members)
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+
+    def record(*args: Any) -> Any:
+        if not transformed():
+            return apply(*args)
+        with enable_single_level_autograd_function():
+            return apply(*args)
+
+    return record
+
+
+def _no_tangents(name: str, places: tuple[int, ...]) -> Callable[[tuple[Any, ...]], None]:
+    """Refuses forward-mode derivatives, which would get lost below autograd. To be called where a
+    level of them is open.
+    """
+    import torch
+
+    unpack_dual = torch.autograd.forward_ad.unpack_dual
+
+    def refuse(args: tuple[Any, ...]) -> None:
+        if not torch._C._is_fwd_grad_enabled():
+            return
+        for i in places:
+            if args[i] is not None and unpack_dual(args[i]).tangent is not None:
+                raise NotImplementedError(
+                    f"{name}: forward-mode derivatives (jvp, jacfwd) are not implemented;"
+                    " use reverse mode (torch.autograd.grad, vjp, jacrev)"
+                )
+
+    return refuse
 
 
 def _differentiable(op: Op) -> Callable[..., Any]:
@@ -306,20 +409,15 @@ def _differentiable(op: Op) -> Callable[..., Any]:
 
     assert op.setup_context is not None
     assert op.gradients is not None
-    function: Any = type(
-        op.name,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(_below_autograd(op.name)),
-            "setup_context": staticmethod(op.setup_context),
-            "backward": staticmethod(op.gradients),
-        },
-    )
+    record = _recorded(op.name, _below_autograd(op.name), op.setup_context, op.gradients)
     below, places, grad_enabled = _below(op), _tensor_places(op.arguments), torch.is_grad_enabled
+    forward_ad, no_tangents = torch.autograd.forward_ad, _no_tangents(op.name, places)
 
     def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            no_tangents(args)
         if grad_enabled() and _needs_grad(args, places):
-            return function.apply(*args)
+            return record(*args)
         return below(keys, args)
 
     return _with_defaults(op.arguments, autograd, leading=1)
@@ -336,19 +434,14 @@ def _once_differentiable(name: str, schema: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"{name}: second derivatives are not implemented")
 
-    function: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(call),
-            "setup_context": staticmethod(lambda ctx, inputs, output: None),
-            "backward": staticmethod(backward),
-        },
-    )
+    record = _recorded(name, call, lambda ctx, inputs, output: None, backward)
+    forward_ad, no_tangents = torch.autograd.forward_ad, _no_tangents(name, places)
 
     def autograd(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            no_tangents(args)
         if torch.is_grad_enabled() and _needs_grad(args, places):
-            return function.apply(*args)
+            return record(*args)
         return call(*args)
 
     return _with_defaults(arguments, autograd)
@@ -359,10 +452,12 @@ def _inference_only(op: Op) -> Callable[..., Any]:
     import torch
 
     below = _below(op)
-    arguments, places = op.arguments, _tensor_places(op.arguments)
-    written = [i for i, part in enumerate(op.schema.split(",")[: len(arguments)]) if "!" in part]
+    places, written = _tensor_places(op.arguments), _written_places(op)
+    forward_ad, no_tangents = torch.autograd.forward_ad, _no_tangents(op.name, places)
 
     def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            no_tangents(args)
         if torch.is_grad_enabled() and _needs_grad(args, places):
             raise NotImplementedError(
                 f"{op.name}: has no gradient; call it under torch.no_grad() or on detached tensors"

@@ -15,10 +15,19 @@ from typing import Any
 
 from megalodon_ops import _C
 from megalodon_ops import ops as _ops
-from megalodon_ops._library import REQUIRED, parse_schema, registry
+from megalodon_ops._library import REQUIRED, lazily_negated, parse_schema, registry
 
 __all__: list[str] = []
 _ = _ops  # importing the ops fills the registry
+
+
+def _resolved(name: str, argument: str, array: Any, written: bool) -> Any:
+    """The array with a minus sign that is torch's flag carried out: kernels see memory alone."""
+    if not (hasattr(array, "is_neg") and array.is_neg()):
+        return array
+    if written:
+        raise lazily_negated(name, argument)
+    return array.resolve_neg()
 
 
 def _make(name: str, kernel: Callable[..., Any], schema: str, text: str) -> Callable[..., Any]:
@@ -42,8 +51,14 @@ def _make(name: str, kernel: Callable[..., Any], schema: str, text: str) -> Call
             raise TypeError(f"{name}: {error}") from None
         bound.apply_defaults()
         *inputs, out = bound.arguments.values()
-        if out is not None and not isinstance(out, tuple):
-            out = tuple(out) if isinstance(out, list) else (out,)
+        if out is not None:
+            out = tuple(out) if isinstance(out, list | tuple) else (out,)
+            for result, array in zip(returns, out, strict=False):  # the kernel counts them
+                _resolved(name, result, array, written=True)
+        inputs = [
+            _resolved(name, argument.name, array, argument.written)
+            for argument, array in zip(arguments, inputs, strict=True)
+        ]
         return kernel(*inputs, out)
 
     function.__name__ = function.__qualname__ = name
