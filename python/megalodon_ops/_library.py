@@ -388,7 +388,7 @@ def _no_tangents(name: str, places: tuple[int, ...]) -> Callable[[tuple[Any, ...
     """
     import torch
 
-    unpack_dual = torch.autograd.forward_ad.unpack_dual
+    unpack_dual: Any = torch.autograd.forward_ad.unpack_dual
 
     def refuse(args: tuple[Any, ...]) -> None:
         if not torch._C._is_fwd_grad_enabled():
