@@ -54,6 +54,13 @@ def test_edges(L: int, C: int, S: int, E: int, dtype: torch.dtype) -> None:
     check_gradients(OP, args)
 
 
+def test_strips_of_two_heads_are_no_partners() -> None:
+    """Of one chunk each, with the same tokens."""
+    args = (*qkv(Maker(BF16), 1, 66, 2, 8, 264), 66)
+    check_forward(OP, args)
+    check_gradients(OP, args)
+
+
 @pytest.mark.skipif(BACKEND in ("simt_asan", "simt_race"), reason="many blocks that do the same")
 def test_more_strips_than_blocks_take_at_a_time() -> None:
     args = (*qkv(Maker(BF16), 1, 66, 200, 8, 8), 66)
@@ -139,30 +146,49 @@ def test_small_weights_of_f16() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2])
-@pytest.mark.parametrize("E", [8, 136, 264])
-def test_nan_and_inf_do_not_leave_the_chunk(E: int, which: int, bad: float) -> None:
-    """Chunks that share slabs, before and behind."""
-    clean = list(qkv(Maker(BF16), 1, 240, 1, 8, E))
-    dout = Maker(BF16).activation(1, 240, 1, E)
+@pytest.mark.parametrize(("E", "C"), [(8, 130), (136, 80), (264, 80)])
+def test_nan_and_inf_do_not_leave_the_chunk(E: int, C: int, which: int, bad: float) -> None:
+    """Chunks that share slabs, before and behind; of 130 the second strip's last slab, too."""
+    clean = list(qkv(Maker(BF16), 1, 3 * C, 1, 8, E))
+    dout = Maker(BF16).activation(1, 3 * C, 1, E)
 
     def results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        o = OP.overload(*leaves, 80)[0]
+        o = OP.overload(*leaves, C)[0]
         return [o, *torch.autograd.grad(o, leaves, dout)]
 
     spoilt = [t.clone() for t in clean]
-    spoilt[which][:, 80:160] = bad
+    spoilt[which][:, C : 2 * C] = bad
     for want, got in zip(results(*clean), results(*spoilt), strict=True):
-        for part in (slice(0, 80), slice(160, 240)):
+        for part in (slice(0, C), slice(2 * C, 3 * C)):
             torch.testing.assert_close(got[:, part], want[:, part], rtol=0, atol=0)
 
 
+@pytest.mark.skipif(BACKEND in ("simt_asan", "simt_race"), reason="slow; nothing but numbers")
+def test_nan_stays_behind_a_chunk_whose_weights_are_rescaled() -> None:
+    q, k, v = qkv(Maker(BF16), 1, 260, 1, 8, 264)
+    v[:, 130:] = math.nan
+    assert OP.overload(q * 300, k, v, 130)[0][:, :130].isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_gradients_of_nan_and_inf_do_not_leave_the_chunk(bad: float) -> None:
-    leaves = [t.requires_grad_() for t in qkv(Maker(BF16), 1, 160, 1, 8, 136)]
-    dout = Maker(BF16).activation(1, 160, 1, 136)
+@pytest.mark.parametrize("E", [8, 136])
+def test_gradients_of_nan_and_inf_do_not_leave_the_chunk(E: int, bad: float) -> None:
+    leaves = [t.requires_grad_() for t in qkv(Maker(BF16), 1, 160, 1, 8, E)]
+    dout = Maker(BF16).activation(1, 160, 1, E)
     o = OP.overload(*leaves, 80)[0]
     clean = torch.autograd.grad(o, leaves, dout, retain_graph=True)
     dout[:, 80:] = bad
     for want, got in zip(clean, torch.autograd.grad(o, leaves, dout), strict=True):
         torch.testing.assert_close(got[:, :80], want[:, :80], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("E", [8, 136])
+def test_a_gradient_of_inf_reaches_no_later_key(E: int) -> None:
+    q, k, v = qkv(Maker(BF16), 1, 66, 1, 8, E)
+    k.requires_grad_()
+    o = OP.overload(q, k, v, 66)[0]
+    dout = torch.ones_like(o)
+    dout[0, 6] = math.inf
+    (dk,) = torch.autograd.grad(o, k, dout)
+    assert dk[:, 7:].isfinite().all()
