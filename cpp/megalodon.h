@@ -7,8 +7,10 @@
  *   - inputs come first, then outputs (DLTensor*, written), then the stream (a cudaStream_t; ignored for CPU tensors);
  *   - optional tensors are NULL when absent; the gradient of an absent input is a tensor of shape [0];
  *   - tensors are compact and row-major (strides NULL or the compact strides) and live on one device;
+ *   - no two outputs share memory; what is updated in place shares none with another state or activation of the call;
  *   - activations are float32, bfloat16, float16 or float64; parameters, states and statistics ("stat") are float32, or
- *     float64 when the activation is float64; counts and positions are int64; masks are bool;
+ *     float64 when the activation is float64; counts and positions are int64 and at least 0, which is checked on the
+ *     CPU alone; masks are bool;
  *   - nothing is allocated: FUNCTION_outputs takes the same inputs, checks them and fills one megalodon_spec per
  * output, which is what the caller allocates. A last output named `workspace` is scratch memory of that many bytes.
  */

@@ -11,6 +11,9 @@ cu_seqlens[i] .. cu_seqlens[i + 1] - 1 of one row (1, T, ...) are a sequence of 
 as if it were alone, and states and positions, in and out, have a row per segment instead of per
 row of a batch. Its values are checked on the CPU; on a GPU wrong ones give wrong results, never
 access outside the tensors.
+
+Derivatives are the first, in reverse mode: torch.autograd, and grad, vjp and jacrev of torch.func.
+Forward mode and second derivatives raise NotImplementedError.
 """
 
 from __future__ import annotations
