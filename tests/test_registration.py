@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalodon_ops._library import _plain_key_sets
+from megalodon_ops._registration import _plain_key_sets
 
 rms_norm = torch.ops.megalodon.rms_norm.default
 

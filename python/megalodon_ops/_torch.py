@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megalodon_ops import _C
-from megalodon_ops._library import register_with_torch
+from megalodon_ops._registration import register_with_torch
 
 
 def _use_torch_threads() -> None:
