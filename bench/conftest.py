@@ -26,7 +26,8 @@ _DEADLINE = pytest.StashKey[float]()
 def pytest_configure(config: pytest.Config) -> None:
     """Chooses the device, and keeps freed memory in the process (glibc): a fresh output above 32 MB
     would cost a page fault per 4 KB in every call, several times what the kernel takes; the floor
-    writes to old memory.
+    writes to old memory. Any bound for what is kept would be passed by the largest peers, and the
+    call after them would pay.
     """
     harness.device = torch.device(config.getoption("--device"))
     harness.long_set = config.getoption("--long")
@@ -34,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,9 +57,12 @@ def _threads(request: pytest.FixtureRequest) -> Any:
     torch.set_num_threads(before)
     if len(rows) + len(model_rows) > count:  # a run that is cut off has what it has measured
         _save(request.config)
+    gc.collect()  # graphs hold their memory
     if harness.device.type != "cpu":
-        gc.collect()  # graphs hold their memory
         torch.cuda.empty_cache()
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:  # each begins with as little as the first
+        malloc_trim(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
