@@ -60,4 +60,5 @@ def test_chunk_attention_step(
         _arguments(dtype, B, H, S, E, 2048, m),
         _arguments(dtype, B, H, S, E, 128, m % 128),
         peers={"sdpa": partial(_sdpa, m=m)},
+        label=f" {m + 1} slots",
     )

@@ -170,14 +170,24 @@ void pack_transposed(const Row& row, int64_t R, int64_t N, A* panels) {
 
 // ---- multiplication ----
 
-// sum + x b
+// sum + a b
+template <class F, class A>
+inline Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<F, Bf16Pair>) {
+    return reinterpret_cast<Vec<A>>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+  }
+#endif
+  return a * b + sum;
+}
+
+// The same of one word and a vector of them.
 template <class F, class A>
 inline Vec<A> add_product(A x, Vec<A> b, Vec<A> sum) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<F, Bf16Pair>) {
-    const auto pair = reinterpret_cast<__m512bh>(_mm512_set1_ps(x));
-    return reinterpret_cast<Vec<A>>(
-        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), pair, reinterpret_cast<__m512bh>(b)));
+    return multiply_add<F, A>(reinterpret_cast<Vec<A>>(_mm512_set1_ps(x)), b, sum);
   }
 #endif
   return x * b + sum;

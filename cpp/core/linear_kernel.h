@@ -1,4 +1,5 @@
-// Products of matrices with a few vectors on the CPU: every weight is read once, and reading them is the time.
+// Products of matrices with some vectors on the CPU. Of one vector reading the matrix is the time; of several, tiles of
+// sums in registers share what is loaded, and the tile of the matrix that comes next is fetched meanwhile.
 #pragma once
 
 #include <cstdint>
@@ -10,44 +11,62 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// sums[j * kLanes], j < M: a vector whose lanes add up to w . x_j, for rows x_j of n elements.
-template <int M, class T>
-inline void products(const T* w, const stat_t<T>* x, int64_t n, Vec<stat_t<T>>* sums) {
+// Rows of the matrix that share a load of x, where M rows of x share one of the matrix.
+template <int M>
+constexpr int kMatrixRows = M == 1               ? 1
+                            : kVectorBytes == 64 ? 4
+                                                 : 2;
+
+// sums[j][r], j < M, r < R: a vector whose lanes add up to w_r . x_j, for rows of n elements that follow each other.
+template <class F, int M, int R, class T, class X>
+__attribute__((always_inline)) inline void products(const T* w, const X* x, int64_t n, Vec<stat_t<T>> (&sums)[M][R]) {
   using A = stat_t<T>;
-  constexpr int64_t W = kLanes<A>;
-  constexpr int kChains = M == 1 ? 4 : 2;  // of dependent FMAs, side by side
-  Vec<A> chains[M][kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * W <= n; i += kChains * W) {
-    for (int k = 0; k < kChains; ++k) {
-      const Vec<A> v = load(w + i + k * W);
-      for (int j = 0; j < M; ++j) chains[j][k] = v * load(x + j * n + i + k * W) + chains[j][k];
+  constexpr int64_t kStep = kLanes<A> * kPerWord<F>;
+  constexpr int kChains = M * R < 4 ? 4 : 1;  // of sums that do not wait for each other
+  Vec<A> chains[kChains][M][R] = {};
+  const auto add = [&](int k, int64_t i, int64_t count) __attribute__((always_inline)) {
+    Vec<A> v[R];
+    for (int r = 0; r < R; ++r) v[r] = load_words<F>(w + r * n + i, count);
+    for (int j = 0; j < M; ++j) {
+      const Vec<A> u = load_words<F>(x + j * n + i, count);
+      for (int r = 0; r < R; ++r) chains[k][j][r] = multiply_add<F, A>(v[r], u, chains[k][j][r]);
     }
+    // As many lines as were read, in their order in memory; to the second level, as a tile may be more than the first.
+    for (int r = 0; M > 1 && r < R; ++r) __builtin_prefetch(w + kLanes<A> * n + R * i + r * kStep, 0, 2);
+  };
+  int64_t i = 0;
+  for (; i + kChains * kStep <= n; i += kChains * kStep) {
+    for (int k = 0; k < kChains; ++k) add(k, i + k * kStep, kStep);
   }
-  for (; i < n; i += W) {
-    const Vec<A> v = load(w + i, n - i);
-    for (int j = 0; j < M; ++j) chains[j][0] = v * load(x + j * n + i, n - i) + chains[j][0];
-  }
+  for (; i < n; i += kStep) add(0, i, n - i);
   for (int j = 0; j < M; ++j) {
-    for (int k = 1; k < kChains; ++k) chains[j][0] += chains[j][k];
-    sums[j * W] = chains[j][0];
+    for (int r = 0; r < R; ++r) {
+      sums[j][r] = chains[0][j][r];
+      for (int k = 1; k < kChains; ++k) sums[j][r] += chains[k][j][r];
+    }
   }
 }
 
-// The rows [first, first + kLanes) of W, as far as they exist, for M rows x_b from b on.
-template <int M, class T>
-void linear_tile(const Linear& linear, const stat_t<T>* x, int64_t b, int64_t first) {
+// The rows [first, first + kLanes) of the matrix, as far as they exist, for M rows x_b from b on.
+template <class F, int M, class T, class X>
+void linear_tile(const Linear& linear, const X* x, int64_t b, int64_t first) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
-  const int64_t n = linear.out - first < W ? linear.out - first : W;
-  const T* weight = static_cast<const T*>(linear.weight) + first * linear.in;
-  Vec<A> rows[M][W];
-  for (int64_t r = 0; r < n; ++r) products<M>(weight + r * linear.in, x + b * linear.in, linear.in, &rows[0][r]);
+  constexpr int R = kMatrixRows<M>;
+  const int64_t left = linear.out - first, n = left < W ? left : W;
+  Vec<A> rows[M][W] = {};
+  const auto multiply = [&](int64_t r, auto count) __attribute__((always_inline)) {
+    Vec<A> sums[M][count];
+    products<F>(static_cast<const T*>(linear.weight) + (first + r) * linear.in, x + b * linear.in, linear.in, sums);
+    for (int j = 0; j < M; ++j) {
+      for (int i = 0; i < count; ++i) rows[j][r + i] = sums[j][i];
+    }
+  };
+  int64_t r = 0;
+  for (; r + R <= n; r += R) multiply(r, std::integral_constant<int, R>{});
+  for (; r < n; ++r) multiply(r, std::integral_constant<int, 1>{});
   for (int j = 0; j < M; ++j) {
-    for (int64_t r = n; r < W; ++r) rows[j][r] = Vec<A>{};
-    transpose<A>(rows[j]);
-    Vec<A> y = rows[j][0];
-    for (int64_t r = 1; r < W; ++r) y += rows[j][r];
+    Vec<A> y = sum_each<A>(rows[j]);
     if (linear.bias != nullptr) y += load(static_cast<const T*>(linear.bias) + first, n);
     if (linear.scale != nullptr) y *= load(static_cast<const T*>(linear.scale) + first, n);
     const int64_t at = (b + j) * linear.out + first;
@@ -58,29 +77,30 @@ void linear_tile(const Linear& linear, const stat_t<T>* x, int64_t b, int64_t fi
   }
 }
 
-// x in the type sums are made in.
-template <class T>
-const stat_t<T>* widened(const Linear& linear, int64_t B) {
+// x as it is multiplied: as it is, or in the type sums are made in.
+template <class F, class T>
+auto factors(const Linear& linear, int64_t B) {
   using A = stat_t<T>;
-  if constexpr (std::is_same_v<T, A>) {
-    return static_cast<const A*>(linear.x);
+  const T* x = static_cast<const T*>(linear.x);
+  if constexpr (std::is_same_v<T, A> || kPerWord<F> > 1) {
+    return x;
   } else {
-    const T* x = static_cast<const T*>(linear.x);
     A* wide = static_cast<A*>(linear.wide);
     const int64_t n = B * linear.in;
     for (int64_t i = 0; i < n; i += kLanes<A>) store(wide + i, load(x + i, n - i), n - i);
-    return wide;
+    return static_cast<const A*>(wide);
   }
 }
 
 // Several of them side by side in one parallel loop.
 template <class T, int kCount>
 void linear(const Linear (&all)[kCount], int64_t B) {
+  using F = factor_t<T>;
   constexpr int64_t W = kLanes<stat_t<T>>, kGrain = 1 << 16;  // FMAs that are worth a thread
-  const stat_t<T>* x[kCount];
+  decltype(factors<F, T>(all[0], B)) x[kCount];
   int64_t tiles = 0, work = 0;
   for (int i = 0; i < kCount; ++i) {
-    x[i] = widened<T>(all[i], B);
+    x[i] = factors<F, T>(all[i], B);
     tiles += ceil_div(all[i].out, W);
     work += B * all[i].in * all[i].out;
   }
@@ -91,8 +111,9 @@ void linear(const Linear (&all)[kCount], int64_t B) {
       const int64_t count = ceil_div(all[i].out, W);
       for (int64_t tile = begin > start ? begin - start : 0; tile < count && start + tile < end; ++tile) {
         int64_t b = 0;
-        for (; b + 4 <= B; b += 4) linear_tile<4, T>(all[i], x[i], b, tile * W);
-        for (; b < B; ++b) linear_tile<1, T>(all[i], x[i], b, tile * W);
+        for (; b + 4 <= B; b += 4) linear_tile<F, 4, T>(all[i], x[i], b, tile * W);
+        for (; b + 2 <= B; b += 2) linear_tile<F, 2, T>(all[i], x[i], b, tile * W);
+        if (b < B) linear_tile<F, 1, T>(all[i], x[i], b, tile * W);
       }
       start += count;
     }

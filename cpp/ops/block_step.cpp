@@ -4,10 +4,11 @@
 // Layout    x, y (B, D); weights (out, in) as torch has them; the state as in the ops it belongs to; all compact.
 // Mapping   the parts follow each other; each is split over the threads by its own rule. Products with one x share one
 //           parallel loop (core/linear_kernel.h).
-// Traffic   every weight, the filled slots of the caches and the state once: bound by reading them. That holds for few
-//           rows; four of them share a load of the weights.
-// Numerics  as the parts; products and residual sums in stat, rounded once. In place: a part reads its state before it
-//           writes it. Independent of the number of threads.
+// Traffic   every weight, the filled slots of the caches and the state once: bound by reading them for few rows, by
+//           FMAs for many.
+// Numerics  as the parts; products and residual sums in stat, rounded once; with AVX512_BF16 pairs of bf16 are multiplied
+//           exactly and added at once, subnormal ones as zeros. In place: a part reads its state before it writes it.
+//           Independent of the number of threads.
 // Limits    those of the parts.
 #include "ops/block_step.h"
 
@@ -16,7 +17,7 @@
 namespace megalodon::cpu::MEGALODON_ISA {
 
 void block_step_forward(const BlockStep& s) {
-  visit_activation(s.timenorm.dtype, [&](auto tag) {
+  visit_activation(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     timestep_norm_forward(s.timenorm);
     if (s.B > 0) std::memcpy(s.count, s.timenorm.last_count, s.B * sizeof(int64_t));

@@ -19,6 +19,7 @@
 namespace megalodon {
 
 struct BlockStep {
+  DType dtype;
   int64_t B, D, E, F;  // E, of all heads
   int64_t* count;      // [B]
   TimestepNormForward timenorm;
@@ -55,8 +56,7 @@ class BlockStepMemory {
 // the state are there already.
 static inline int64_t connect_block_step(BlockStep& s, bool on_cuda, void* workspace) {
   BlockStepMemory memory(workspace);
-  const DType dtype = s.timenorm.dtype;
-  const int64_t width = size_of(dtype), stat = size_of(stat_dtype(dtype));
+  const int64_t width = size_of(s.dtype), stat = size_of(stat_dtype(s.dtype));
   const auto rows = [&](int64_t n) { return memory.take(s.B * n * width); };
   const auto stats = [&](int64_t n) { return memory.take(s.B * n * stat); };
   const auto feed = [&](Linear& linear, const void* x) {
@@ -155,7 +155,7 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   s.B = B.size;
   s.D = D.size;
   s.E = HE.size;
-  s.timenorm.dtype = s.cema.dtype = s.rmsnorm.dtype = s.rope.dtype = s.value.dtype = s.attention.dtype = s.gate.dtype =
+  s.dtype = s.timenorm.dtype = s.cema.dtype = s.rmsnorm.dtype = s.rope.dtype = s.value.dtype = s.attention.dtype = s.gate.dtype =
       s.norm.dtype = s.hidden.dtype = dtype;
   s.timenorm.x = x.data;
   s.timenorm.weight = c.tensor("timenorm_weight", in.timenorm_weight, stat, {D}).data;
@@ -237,4 +237,4 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
 
 }  // namespace megalodon
 
-MEGALODON_KERNEL(block_step_forward, BlockStep)
+MEGALODON_KERNEL_BF16(block_step_forward, BlockStep)

@@ -22,14 +22,16 @@ namespace {
 constexpr int64_t kBlock = 64;         // slots whose scores are held at a time
 constexpr int64_t kMostWidened = 512;  // elements of a query that is widened once, not once for every slot
 
-// Rows of one head lie apart, where the hardware does not foresee them.
+// Fetches two vectors of a row that is read later, to the second level: rows of one head lie apart, where the hardware
+// does not foresee them. One at a time between the products: all lines of a row at once are more than can be under way.
 template <class T>
-inline void prefetch_row(const T* row, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+inline void prefetch_pair(const T* p) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < 2 * kLanes<stat_t<T>>; i += kLine) __builtin_prefetch(p + i, 0, 2);
 }
 
 // scores[i] = q . k_i for `count` rows k_i, of which `reachable` (>= count) may be prefetched; a whole number of
-// vectors is written. The rows of a vector are summed side by side and reduced by a transposition.
+// vectors is written. The rows of a vector are summed side by side.
 template <class Q, class T, class A>
 void score(const Q* q, const T* k, int64_t stride, int64_t count, int64_t reachable, int64_t S, A* scores) {
   constexpr int64_t W = kLanes<A>;
@@ -38,20 +40,19 @@ void score(const Q* q, const T* k, int64_t stride, int64_t count, int64_t reacha
     Vec<A> sums[W] = {};
     for (int64_t r = 0; r < n; ++r) {
       const T* row = k + (i + r) * stride;
-      if (i + r + W < reachable) prefetch_row(row + W * stride, S);
+      const int64_t ahead = i + r + W < reachable ? W * stride : 0;
       Vec<A> even = {}, odd = {};
       int64_t s = 0;
       for (; s + 2 * W <= S; s += 2 * W) {
-        even = load(q + s) * load(row + s) + even;
-        odd = load(q + s + W) * load(row + s + W) + odd;
+        prefetch_pair(row + ahead + s);
+        const Pair<A> x = load_pair(q + s), y = load_pair(row + s);
+        even = x.v[0] * y.v[0] + even;
+        odd = x.v[1] * y.v[1] + odd;
       }
       for (; s < S; s += W) even = load(q + s, S - s) * load(row + s, S - s) + even;
       sums[r] = even + odd;
     }
-    transpose<A>(sums);
-    Vec<A> total = sums[0];
-    for (int64_t r = 1; r < W; ++r) total += sums[r];
-    store(scores + i, total);
+    store(scores + i, sum_each<A>(sums));
   }
 }
 
@@ -66,13 +67,18 @@ void add_values(const A* weights, const T* v, int64_t stride, int64_t count, int
     const A factor = i == 0 ? scale : A(1);
     const A w[4] = {weights[i], n > 1 ? weights[i + 1] : A(0), n > 2 ? weights[i + 2] : A(0),
                     n > 3 ? weights[i + 3] : A(0)};
-    for (int64_t r = 0; r < 4 && i + r + 8 < reachable; ++r) prefetch_row(row + (r + 8) * stride, E);
     int64_t e = 0;
     if (n == 4) {
-      for (; e + W <= E; e += W) {
-        Vec<A> sum = load(out + e) * factor;
-        for (int r = 0; r < 4; ++r) sum = w[r] * load(row + r * stride + e) + sum;
-        store(out + e, sum);
+      const int64_t ahead = i + 8 <= reachable ? 4 * stride : 0;
+      for (; e + 2 * W <= E; e += 2 * W) {
+        Pair<A> sum = load_pair(out + e);
+        for (Vec<A>& half : sum.v) half *= factor;
+        for (int r = 0; r < 4; ++r) {
+          prefetch_pair(row + r * stride + ahead + e);
+          const Pair<A> value = load_pair(row + r * stride + e);
+          for (int k = 0; k < 2; ++k) sum.v[k] = w[r] * value.v[k] + sum.v[k];
+        }
+        store_pair(out + e, sum);
       }
     }
     for (; e < E; e += W) {

@@ -124,8 +124,8 @@ def block_step(
         sliding: attend to the last C tokens, rotary positions being absolute, instead of the chunk.
 
     Returns:
-        y (B, D) like x. For inference: not differentiable. It is meant for few rows: from about 16
-        on, a GEMM of all rows beats its way of reading each weight once.
+        y (B, D) like x. For inference: not differentiable. It is meant for up to some hundred rows:
+        its products of all rows with a weight are not those of a GEMM library.
 
     Source: section 3 of the paper.
     """

@@ -19,7 +19,7 @@ from .packing import Packing
 from .precision import activation_dtype
 
 # Rows from which a decoding step is faster op by op, with its linear layers as GEMMs of all rows.
-_MANY_ROWS = 16
+_MANY_ROWS = 128
 
 
 class Block(nn.Module):
@@ -27,8 +27,9 @@ class Block(nn.Module):
 
     Children: mega (`MegaAttention`, which adds x itself) and nffn (`FFN`).
 
-    A decoding step of few rows in place is one op, `block_step`, where nothing but the modules made
-    here has a say: no dropout, no autocast, no hook on a child, no child that was replaced.
+    A decoding step of up to 127 rows in place is one op, `block_step`, where nothing but the
+    modules made here has a say: no dropout, no autocast, no hook on a child, no child that was
+    replaced.
     """
 
     def __init__(self, config: MegalodonConfig, layer_id: int = 0) -> None:
