@@ -37,11 +37,23 @@ struct Sigmoid {
 
   static Sigmoid of(V u) {
     const V decay = exp(u < 0 ? u : -u);  // at most 1
-    const V large = 1.0 / (1.0 + decay);
+    return make(u, decay, 1.0 / (1.0 + decay));
+  }
+  // Of two arguments by one division, the slowest part.
+  static void both(V u, V v, Sigmoid& first, Sigmoid& second) {
+    const V one = exp(u < 0 ? u : -u), other = exp(v < 0 ? v : -v);
+    const V inverse = 1.0 / ((1.0 + one) * (1.0 + other));
+    first = make(u, one, inverse * (1.0 + other));
+    second = make(v, other, inverse * (1.0 + one));
+  }
+  V slope() const { return value * rest; }  // d sigmoid(u) / du
+
+ private:
+  // From e^-|u| and 1 / (1 + e^-|u|).
+  static Sigmoid make(V u, V decay, V large) {
     const V small = decay * large;
     return {u < 0 ? small : large, u < 0 ? large : small};
   }
-  V slope() const { return value * rest; }  // d sigmoid(u) / du
 };
 
 template <class V>
@@ -57,8 +69,7 @@ struct Wavelet {
   }
   static Wavelet at(V alpha, V delta, const Sigmoid<V>& theta, V n, int64_t N) {
     Wavelet w;
-    w.alpha = Sigmoid<V>::of(alpha);
-    w.delta = Sigmoid<V>::of(delta);
+    Sigmoid<V>::both(alpha, delta, w.alpha, w.delta);
     w.theta = theta;
     w.step = n * (kTwoPi / static_cast<double>(N));
     w.rho = w.alpha.rest + w.alpha.value * w.delta.rest;

@@ -1,6 +1,7 @@
 // Exponentials, sines and sigmoids of vectors.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -8,7 +9,7 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// e^v. Cody-Waite reduction to |r| <= ln(2)/2 and a polynomial: error below 1 ulp (float) and 1.5 ulp (double).
+// e^v. Cody-Waite reduction to |r| <= ln(2)/2 and a polynomial: error below 1 ulp (float) and 1.1 ulp (double).
 // Results below the smallest normal number are 0; above the largest, inf; NaN stays NaN.
 inline Vec<float> exp(Vec<float> v) {
   constexpr float kLog2e = 1.44269504088896341f;
@@ -54,25 +55,30 @@ inline Vec<double> exp(Vec<double> v) {
   constexpr double kLn2Low = 1.42860682030941723212e-6;
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
   const Vec<double> low = splat(-708.39641853226408);
-  const Vec<double> high = splat(709.78271289338397);
+  [[maybe_unused]] const Vec<double> high = splat(709.78271289338397);
+#if defined(__AVX512F__)
+  const __m512d clamped = _mm512_max_pd(reinterpret_cast<__m512d>(low), reinterpret_cast<__m512d>(v));  // NaN: v
+  const Vec<double> x = reinterpret_cast<Vec<double>>(_mm512_min_pd(_mm512_set1_pd(710.0), clamped));
+#else
   const Vec<double> x = v < low ? low : v > high ? high : v;
+#endif
   const Vec<double> shifted = x * kLog2e + kMagic;
   const Vec<double> n = shifted - kMagic;
   const Vec<double> r = (x - n * kLn2High) - n * kLn2Low;
-  Vec<double> p = splat(1.0 / 6227020800.0);  // Taylor to degree 13: |r|^14 / 14! < 5e-18
-  constexpr double kInverseFactorials[] = {1.0 / 479001600.0,
-                                           1.0 / 39916800.0,
-                                           1.0 / 3628800.0,
-                                           1.0 / 362880.0,
-                                           1.0 / 40320.0,
-                                           1.0 / 5040.0,
-                                           1.0 / 720.0,
-                                           1.0 / 120.0,
-                                           1.0 / 24.0,
-                                           1.0 / 6.0,
-                                           0.5};
-  for (double c : kInverseFactorials) p = p * r + c;
-  const Vec<double> e = p * (r * r) + r + 1.0;
+  // Taylor to degree 13: |r|^14 / 14! < 5e-18. Even and odd powers apart: neither waits for the other.
+  const Vec<double> z = r * r;
+  Vec<double> even = splat(1.0 / 479001600.0), odd = splat(1.0 / 6227020800.0);
+  constexpr double kEven[] = {1.0 / 3628800.0, 1.0 / 40320.0, 1.0 / 720.0, 1.0 / 24.0, 0.5};
+  constexpr double kOdd[] = {1.0 / 39916800.0, 1.0 / 362880.0, 1.0 / 5040.0, 1.0 / 120.0, 1.0 / 6.0};
+  for (int i = 0; i < 5; ++i) {
+    even = even * z + kEven[i];
+    odd = odd * z + kOdd[i];
+  }
+  const Vec<double> e = (odd * r + even) * z + r + 1.0;
+#if defined(__AVX512F__)
+  const __m512d result = _mm512_scalef_pd(reinterpret_cast<__m512d>(e), reinterpret_cast<__m512d>(n));
+  return v < low ? Vec<double>{} : reinterpret_cast<Vec<double>>(result);
+#else
   const VecI64 i = reinterpret_cast<VecI64>(shifted) - 0x4338000000000000;
   const VecI64 half = i >> 1;
   const Vec<double> scale1 = reinterpret_cast<Vec<double>>((half + 1023) << 52);
@@ -80,10 +86,11 @@ inline Vec<double> exp(Vec<double> v) {
   const Vec<double> result = e * scale1 * scale2;
   const Vec<double> infinity = splat(std::numeric_limits<double>::infinity());
   return v > high ? infinity : v < low ? Vec<double>{} : v == v ? result : v;
+#endif
 }
 
-// sin v and cos v for |v| < 1e5 (NaN beyond the reduction's reach stays NaN): reduction to |r| <= pi/4 by pi/2 in three
-// parts, then the polynomials of fdlibm; relative error below 3.2e-16.
+// sin v and cos v for |v| <= 1e6 (NaN stays NaN): reduction to |r| <= pi/4 by pi/2 in three parts, then the polynomials
+// of fdlibm; relative error below 3.2e-16.
 inline void sincos(Vec<double> v, Vec<double>& sine, Vec<double>& cosine) {
   constexpr double kTwoOverPi = 6.36619772367581382433e-01;
   constexpr double kHalfPi1 = 1.57079632673412561417e+00;  // 33 bits each
@@ -112,6 +119,17 @@ inline void sincos(Vec<double> v, Vec<double>& sine, Vec<double>& cosine) {
   const Vec<double> second = odd ? s : c;
   sine = (quadrant & 2) != 0 ? -first : first;
   cosine = ((quadrant + 1) & 2) != 0 ? -second : second;
+}
+
+// The same of any v: beyond, where the reduction runs out of bits, the C library's.
+inline void sincos_of_any(Vec<double> v, Vec<double>& sine, Vec<double>& cosine) {
+  sincos(v, sine, cosine);
+  for (int i = 0; i < kLanes<double>; ++i) {
+    if (!(std::fabs(v[i]) <= 1e6)) {
+      sine[i] = std::sin(v[i]);
+      cosine[i] = std::cos(v[i]);
+    }
+  }
 }
 
 template <class V>

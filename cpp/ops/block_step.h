@@ -155,8 +155,8 @@ static inline BlockStep check_block_step(Checker& c, const BlockStepTensors& in,
   s.B = B.size;
   s.D = D.size;
   s.E = HE.size;
-  s.dtype = s.timenorm.dtype = s.cema.dtype = s.rmsnorm.dtype = s.rope.dtype = s.value.dtype = s.attention.dtype = s.gate.dtype =
-      s.norm.dtype = s.hidden.dtype = dtype;
+  s.dtype = s.timenorm.dtype = s.cema.dtype = s.rmsnorm.dtype = s.rope.dtype = s.value.dtype = s.attention.dtype =
+      s.gate.dtype = s.norm.dtype = s.hidden.dtype = dtype;
   s.timenorm.x = x.data;
   s.timenorm.weight = c.tensor("timenorm_weight", in.timenorm_weight, stat, {D}).data;
   s.timenorm.bias = c.tensor("timenorm_bias", in.timenorm_bias, stat, {D}).data;

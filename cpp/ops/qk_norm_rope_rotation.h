@@ -6,7 +6,6 @@
 
 #include "core/elementary.h"
 #include "core/simd.h"
-#include "core/trig.h"
 #include "ops/qk_norm_rope.h"
 
 namespace megalodon::cpu::MEGALODON_ISA {
@@ -42,7 +41,7 @@ class Steps {
       for (int64_t i = 0; i < W; ++i) pair[i] = static_cast<double>(j + i);
       const Vec<double> angle = exp(pair * rate);
       Vec<double> sine, cosine, c = splat(1.0), s = {};
-      sin_cos(angle, sine, cosine);
+      sincos_of_any(angle, sine, cosine);
       const int64_t at = cosine_at<A>(j);
       for (int64_t k = 1; k <= most; ++k) {
         const Vec<double> before = c;
@@ -127,7 +126,7 @@ class Rotation {
   void compute() {
     for (int64_t j = 0; j < args_.pairs; j += kLanes<double>) {
       Vec<double> c = splat(1.0), s = {};  // the angle is 0 where segments start, which may be short ones
-      if (place_ != 0) sin_cos(load(steps_.angle() + j) * static_cast<double>(place_), s, c);
+      if (place_ != 0) sincos_of_any(load(steps_.angle() + j) * static_cast<double>(place_), s, c);
       store(exact_ + cosine_at<A>(j), c);
       store(exact_ + cosine_at<A>(j) + kLanes<A>, s);
     }
