@@ -220,6 +220,13 @@ MEGALODON_API int megalodon_chunk_attention_step_forward(const DLTensor* q, cons
                                                          int64_t chunk_size, int64_t sliding, DLTensor* o,
                                                          DLTensor* workspace, void* stream);
 
+/* linear_step: y = x weight^T + bias for the few rows of a decoding step. x (B, in), weight (out, in), bias (out) or
+ * none, y (B, out), all of one activation dtype. Inference only. */
+MEGALODON_API int megalodon_linear_step_forward_outputs(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                                        megalodon_spec* outputs);
+MEGALODON_API int megalodon_linear_step_forward(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                                                DLTensor* y, DLTensor* workspace, void* stream);
+
 /* qk_norm_rope: z (B, L, H S) normalised per head, scaled by (gamma + 1) / sqrt(S), shifted by beta and rotated by the
  * token's place in its chunk. gamma, beta (2, H S), row 0 for q; position (B) or NULL: 0; q, k (B, L, H, S);
  * rstd (B, L, H). With cu_seqlens (segments + 1), int32 or int64, 0, ascending, T: z (1, T, H S) is a packed row, the

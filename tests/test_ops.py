@@ -115,6 +115,8 @@ def test_layout_changes_nothing(op: Op, sample: str) -> None:
         got = as_tuple(op.overload(*[strided(a) for a in args]))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    if not op.backward_schema:
+        return
     cotangents = cotangents_of(op, args)
     expanded = [
         None if c is None else torch.ones((), dtype=c.dtype).expand(c.shape) for c in cotangents

@@ -169,6 +169,7 @@ PYBIND11_MODULE(_C, module) {
   MEGALODON_DEFINE(fft_conv_backward);
   MEGALODON_DEFINE(layer_norm_forward);
   MEGALODON_DEFINE(layer_norm_backward);
+  MEGALODON_DEFINE(linear_step_forward);
   MEGALODON_DEFINE(qk_norm_rope_forward);
   MEGALODON_DEFINE(qk_norm_rope_backward);
   MEGALODON_DEFINE(rms_norm_forward);

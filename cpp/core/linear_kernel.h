@@ -11,18 +11,18 @@
 
 namespace megalodon::cpu::MEGALODON_ISA {
 
-// Rows of the matrix that share a load of x, where M rows of x share one of the matrix.
-template <int M>
-constexpr int kMatrixRows = M == 1               ? 1
-                            : kVectorBytes == 64 ? 4
-                                                 : 2;
+// Rows of the matrix that share a load of x. One vector goes row by row through a matrix in the caches: that is what
+// the hardware foresees best.
+template <int M, bool kFar>
+constexpr int kMatrixRows = (M == 1 && !kFar) ? 1 : (kVectorBytes == 64 ? 4 : 2);
+constexpr int64_t kFarBytes = 1 << 24;  // of matrices (AMD Zen 4, November 2026)
 
 // sums[j][r], j < M, r < R: a vector whose lanes add up to w_r . x_j, for rows of n elements that follow each other.
 template <class F, int M, int R, class T, class X>
 __attribute__((always_inline)) inline void products(const T* w, const X* x, int64_t n, Vec<stat_t<T>> (&sums)[M][R]) {
   using A = stat_t<T>;
   constexpr int64_t kStep = kLanes<A> * kPerWord<F>;
-  constexpr int kChains = M * R < 4 ? 4 : 1;  // of sums that do not wait for each other
+  constexpr int kChains = M > 1 ? 1 : R == 1 ? 4 : 8 / R;  // of sums that do not wait for each other
   Vec<A> chains[kChains][M][R] = {};
   const auto add = [&](int k, int64_t i, int64_t count) __attribute__((always_inline)) {
     Vec<A> v[R];
@@ -32,7 +32,7 @@ __attribute__((always_inline)) inline void products(const T* w, const X* x, int6
       for (int r = 0; r < R; ++r) chains[k][j][r] = multiply_add<F, A>(v[r], u, chains[k][j][r]);
     }
     // As many lines as were read, in their order in memory; to the second level, as a tile may be more than the first.
-    for (int r = 0; M > 1 && r < R; ++r) __builtin_prefetch(w + kLanes<A> * n + R * i + r * kStep, 0, 2);
+    for (int r = 0; R > 1 && r < R; ++r) __builtin_prefetch(w + kLanes<A> * n + R * i + r * kStep, 0, 2);
   };
   int64_t i = 0;
   for (; i + kChains * kStep <= n; i += kChains * kStep) {
@@ -48,11 +48,11 @@ __attribute__((always_inline)) inline void products(const T* w, const X* x, int6
 }
 
 // The rows [first, first + kLanes) of the matrix, as far as they exist, for M rows x_b from b on.
-template <class F, int M, class T, class X>
+template <class F, int M, bool kFar, class T, class X>
 void linear_tile(const Linear& linear, const X* x, int64_t b, int64_t first) {
   using A = stat_t<T>;
   constexpr int64_t W = kLanes<A>;
-  constexpr int R = kMatrixRows<M>;
+  constexpr int R = kMatrixRows<M, kFar>;
   const int64_t left = linear.out - first, n = left < W ? left : W;
   Vec<A> rows[M][W] = {};
   const auto multiply = [&](int64_t r, auto count) __attribute__((always_inline)) {
@@ -98,22 +98,29 @@ void linear(const Linear (&all)[kCount], int64_t B) {
   using F = factor_t<T>;
   constexpr int64_t W = kLanes<stat_t<T>>, kGrain = 1 << 16;  // FMAs that are worth a thread
   decltype(factors<F, T>(all[0], B)) x[kCount];
-  int64_t tiles = 0, work = 0;
+  int64_t tiles = 0, weights = 0;
   for (int i = 0; i < kCount; ++i) {
     x[i] = factors<F, T>(all[i], B);
     tiles += ceil_div(all[i].out, W);
-    work += B * all[i].in * all[i].out;
+    weights += all[i].in * all[i].out;
   }
   if (tiles == 0) return;
+  const int64_t work = B * weights;
+  const bool is_far = weights * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
   parallel_for(tiles, work == 0 ? tiles : ceil_div(tiles * kGrain, work), [&](int64_t begin, int64_t end) {
     int64_t start = 0;
     for (int i = 0; i < kCount; ++i) {
       const int64_t count = ceil_div(all[i].out, W);
       for (int64_t tile = begin > start ? begin - start : 0; tile < count && start + tile < end; ++tile) {
         int64_t b = 0;
-        for (; b + 4 <= B; b += 4) linear_tile<F, 4, T>(all[i], x[i], b, tile * W);
-        for (; b + 2 <= B; b += 2) linear_tile<F, 2, T>(all[i], x[i], b, tile * W);
-        if (b < B) linear_tile<F, 1, T>(all[i], x[i], b, tile * W);
+        for (; b + 4 <= B; b += 4) linear_tile<F, 4, true, T>(all[i], x[i], b, tile * W);
+        for (; b + 2 <= B; b += 2) linear_tile<F, 2, true, T>(all[i], x[i], b, tile * W);
+        if (b == B) continue;
+        if (is_far) {
+          linear_tile<F, 1, true, T>(all[i], x[i], b, tile * W);
+        } else {
+          linear_tile<F, 1, false, T>(all[i], x[i], b, tile * W);
+        }
       }
       start += count;
     }

@@ -124,7 +124,7 @@ def _is_plain(model: Megalodon, rows: int) -> bool:
 def _collect(model: Megalodon, state: MegalodonState) -> Step:
     """The step as calls of kernels: two buffers take turns as a layer's input and output."""
     rows, config = state.batch_size, model.config
-    embedding, head = model.embed.weight.detach(), model.output.output.weight.detach().t()
+    embedding = model.embed.weight.detach()
     first = embedding.new_empty(rows, config.model_dim)
     x, y = first, torch.empty_like(first)
     layers = []
@@ -138,12 +138,14 @@ def _collect(model: Megalodon, state: MegalodonState) -> Step:
     last = (x[:, None], *affine, norm.num_groups, norm.eps, *state.final_norm, None, None)
     normed, *after = _C.timestep_norm_forward(*last)
     outputs = (normed, *after)
-    logits = head.new_empty(rows, config.num_outputs)
+    head = (normed[:, 0], model.output.output.weight.detach(), None)
+    logits: Tensor = _C.linear_step_forward(*head)
     wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
     scale = math.sqrt(config.model_dim) if config.scale_emb else 1.0
-    block_step, timestep_norm, position = (
+    block_step, timestep_norm, linear_step, position = (
         _C.block_step_forward,
         _C.timestep_norm_forward,
+        _C.linear_step_forward,
         state.position,
     )
 
@@ -157,7 +159,7 @@ def _collect(model: Megalodon, state: MegalodonState) -> Step:
         for mine, value in zip(state.final_norm, after, strict=False):
             mine.copy_(value)
         position.add_(1)
-        torch.mm(normed[:, 0], head, out=logits)
+        linear_step(*head, (logits,))
         return logits.to(wide)[:, None]
 
     return step

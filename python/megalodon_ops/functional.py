@@ -32,6 +32,7 @@ __all__ = [
     "chunk_attention_step",
     "fft_conv",
     "layer_norm",
+    "linear_step",
     "normalized_attention",
     "qk_norm_rope",
     "rms_norm",
@@ -330,6 +331,21 @@ def layer_norm(
         y, like x. Differentiable in x, weight and bias.
     """
     y: Tensor = _ops.layer_norm(x, weight, bias, eps)[0]
+    return y
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` for the few rows of a decoding step.
+
+    Args:
+        x: (B, in) activation.
+        weight: (out, in) like x.
+        bias: (out) like x, or None.
+
+    Returns:
+        y (B, out) like x. For inference: not differentiable. Fast for up to some hundred rows.
+    """
+    y: Tensor = _ops.linear_step(x, weight, bias)
     return y
 
 

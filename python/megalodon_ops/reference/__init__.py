@@ -11,6 +11,7 @@ from .chunk_attention import chunk_attention
 from .chunk_attention_step import chunk_attention_step
 from .fft_conv import fft_conv
 from .layer_norm import layer_norm
+from .linear_step import linear_step
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 from .silu_mul import silu_mul
@@ -24,6 +25,7 @@ __all__ = [
     "chunk_attention_step",
     "fft_conv",
     "layer_norm",
+    "linear_step",
     "qk_norm_rope",
     "rms_norm",
     "silu_mul",
