@@ -75,6 +75,14 @@ def test_wide_rows_on_several_threads(isa: str, N: int) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rows", [4, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_rows_than_are_taken_at_a_time(isa: str, rows: int, dtype: torch.dtype) -> None:
+    sizes = {"D": 24, "N": 3, "H": 2, "S": 8, "E": 8, "C": 5, "F": 40, "G": 3}
+    positions = tuple(range(rows))
+    check_forward(OP, sample_arguments(Maker(dtype), **sizes, position=positions))
+
+
 class Calls(TorchDispatchMode):
     """Counts the calls of block_step."""
 
