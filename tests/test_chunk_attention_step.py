@@ -118,6 +118,37 @@ def test_sliding_steps_attend_to_the_last_tokens(isa: str) -> None:
         torch.testing.assert_close(o, torch.einsum("bhj,bjhe->bhe", weights, v[:, last]))
 
 
+def test_sliding_rows_fill_their_windows_by_themselves(isa: str) -> None:
+    """Some windows are full, of others the last slots were never written."""
+    C, position = 8, [3, 13, 0, 7, 8]
+    args = arguments(F64, 2, 4, 3, C, position, sliding=True)
+    for b, p in enumerate(position):
+        for cache in args[3:5]:
+            cache[b, p + 1 :] = math.nan
+    got = chunk_attention_step(*(a.clone() if isinstance(a, Tensor) else a for a in args))
+    for b, p in enumerate(position):
+        rows = (a[b : b + 1].clone() for a in args[:6])
+        want = chunk_attention_step(*rows, C, p >= C)
+        torch.testing.assert_close(got[b : b + 1], want)
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 64), slice(64, 128), slice(0, 130)])
+def test_scores_of_minus_infinity_have_no_weight(hidden: slice) -> None:
+    """Nor has a tile or a part that has no other ones."""
+    for B in (1, 300):  # on a GPU many parts of a row, and one
+        q, k, v, k_cache, v_cache, position, C, _ = arguments(
+            torch.float32, 1, 4, 3, 150, [140] * B
+        )
+        q[..., 0] = 1
+        k_cache[:, hidden, :, 0] = -math.inf
+        seen = [j for j in range(140) if not hidden.start <= j < hidden.stop]
+        keys = torch.cat([k_cache[:, seen], k[:, None]], 1)
+        values = torch.cat([v_cache[:, seen], v[:, None]], 1)
+        weights = torch.einsum("bhs,bjhs->bhj", q, keys).softmax(-1)
+        got = chunk_attention_step(q, k, v, k_cache, v_cache, position, C)
+        torch.testing.assert_close(got, torch.einsum("bhj,bjhe->bhe", weights, values))
+
+
 def test_caches_change_in_one_slot_only() -> None:
     args = arguments(torch.float32, 2, 4, 3, 5, [1, 9], sliding=True)
     _, k, v, k_cache, v_cache, *_ = args
