@@ -41,6 +41,7 @@ def errors(args: tuple[Any, ...]) -> tuple[float, float]:
         (1, 520, 3, 17, True, BF16),  # too many wavelets: the scan
         (1, 520, 2, 64, True, F16),
         (1, 2600, 3, 3, True, BF16),  # chunks of time
+        (1, 2100, 1, 9, True, BF16),  # chunks, more than a block of wavelets
     ],
 )
 def test_edges_of_the_plan(B: int, L: int, D: int, N: int, state: bool, dtype: torch.dtype) -> None:
