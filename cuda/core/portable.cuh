@@ -258,7 +258,8 @@ DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) {
 #if MEGALODON_NVCC
   return atomicAdd(address, value);
 #else
-  return simt::atomic_update(address, [=](uint32_t before) { return before + value; });
+  // Untraced: the race build may let other threads run at any access that it traces.
+  return simt::atomic_update(address, [=](uint32_t before) MEGALODON_SIMT_UNTRACED { return before + value; });
 #endif
 }
 
