@@ -418,7 +418,7 @@ def test_segments_equal_themselves_alone(isa: str, lengths: list[int], mask: boo
 
 def test_many_segments() -> None:
     """Thousands of them, most empty or short, beside the same ones in rows of two tokens."""
-    count = 10_000 if BACKEND == "" else 300
+    count = 10_000 if BACKEND == "" else 1200  # on the GPU more tiles than parts of the sums
     lengths = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(0))
     make = Maker(F32)
     x, weight, bias, G, eps, *state, _ = arguments(make, count, 2, 2, 3, True, False)
