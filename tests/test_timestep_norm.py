@@ -239,6 +239,21 @@ def test_a_million_steps_do_not_drift() -> None:
 
 
 @pytest.mark.skipif(BACKEND in ("simt_asan", "simt_race"), reason="takes minutes there")
+def test_many_padded_steps() -> None:
+    """More tiles than a block has threads that count the steps before each."""
+    x, dy = torch.randn(2, 1, 70_000, 2)
+    mask = torch.rand(1, 70_000) < 0.3
+
+    def run(x: Tensor, dy: Tensor, mask: Tensor | None) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = timestep_norm(leaf, torch.zeros(2), torch.zeros(2), 1, padding_mask=mask)[0]
+        return [y, torch.autograd.grad(y, leaf, dy)[0]]
+
+    for got, want in zip(run(x, dy, mask), run(x[~mask][None], dy[~mask][None], None), strict=True):
+        torch.testing.assert_close(got[~mask][None], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND in ("simt_asan", "simt_race"), reason="takes minutes there")
 def test_parameter_gradients_of_many_steps_do_not_drift() -> None:
     x, dy = torch.randn(1, 200_000, 4), torch.rand(1, 200_000, 4)
     parameters = [torch.zeros(4, requires_grad=True) for _ in range(2)]
