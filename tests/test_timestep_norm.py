@@ -201,6 +201,15 @@ def test_a_large_mean_does_not_cancel(isa: str) -> None:
     check_gradients(OP, (x, *args))
 
 
+def test_a_shift_changes_nothing(isa: str) -> None:
+    """In float64, where E[x^2] - M^2 would be wrong by 1e-4 of it."""
+    x = (torch.randn(2, 100, 64).double() * 2**16).round() / 2**16  # the shift is exact
+    weight, bias = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    y = timestep_norm(x, weight, bias, 4)[0]
+    shifted = timestep_norm(x + 2**20, weight, bias, 4)[0]
+    torch.testing.assert_close(shifted, y, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("jump", [1e2, 1e4, 1e8])
 def test_a_jump_of_the_mean_does_not_cancel(isa: str, jump: float) -> None:
     """A step is measured from the mean of those before it, which may be far from its own."""
