@@ -7,9 +7,8 @@
 // Traffic   every weight, the filled slots of the caches and the state once: bound by reading them for few rows, by
 //           FMAs for many.
 // Numerics  as the parts; products and residual sums in stat, rounded once; with AVX512_BF16 pairs of bf16 are
-// multiplied
-//           exactly and added at once, subnormal ones as zeros. In place: a part reads its state before it writes it.
-//           Independent of the number of threads.
+//           multiplied exactly and added at once, subnormal ones as zeros. In place: a part reads its state before it
+//           writes it. Independent of the number of threads.
 // Limits    those of the parts.
 #include "ops/block_step.h"
 
